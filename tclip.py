@@ -1,0 +1,1000 @@
+"""tclip: train a small classifier from unlabeled images and class names alone.
+
+CLIP names every image once: noisy pseudo-labels, wrong for some classes nearly always. A small network is trained
+*from scratch* on them with a class-conditional contrastive loss and ensemble labels, ends up better than its teacher,
+and needs no CLIP any more.
+
+    python tclip.py                                # handwritten digits: offline, about a minute on two CPU cores
+    python tclip.py --dataset cifar10              # CIFAR-10 named by OpenAI's CLIP ViT-B/32, for a GPU
+    python tclip.py --dataset eurosat --clip ViT-L-14:datacomp_xl_s13b_b90k          # any model of open_clip
+    python tclip.py --resume runs/digits           # go on where a run was interrupted
+    python tclip.py --help                         # all settings
+
+Method: Huang, Chen, Yang, Xie, Pu, Zhuang, "Transductive CLIP with Class-Conditional Contrastive Learning",
+ICASSP 2022, arXiv 2206.06177. The equations, weights and schedule are our reading of it: see README.md.
+
+Sections: settings / images / pseudo-labels / class-conditional contrastive loss / ensemble labels / augmentation /
+student / training / evaluation and report / command line. The method is in sections three to five: each function
+there needs torch and nothing else of this file, to be copied out alone.
+"""
+
+import argparse
+import csv
+import difflib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it as one line and leaves with exit code 2."""
+
+
+# ======================================================================================================================
+# Settings: one documented field a flag, from which the command line is generated. None = as the data set's entry in
+# DATASETS says; everything else is the same for all data sets.
+# ======================================================================================================================
+
+
+def setting(default, help, choices=None, low=None, high=None):
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+
+
+@dataclass
+class Config:
+    """All settings of a run. Out-of-range values raise UserError."""
+
+    dataset: str = setting("digits", "name in the table DATASETS")
+    root: str = setting("data", "folder where torchvision keeps its data sets; missing ones are downloaded to it")
+    clip: str = setting(None, "teacher: ViT-B/32 and the like (OpenAI), arch:tag (open_clip), or a state_dict file")
+    size: int = setting(None, "side of the student's images, in pixels", low=8, high=1024)
+    arch: str = setting(None, "student: resnet8, or any resnet of torchvision")
+    views: str = setting(None, "augmentation", choices=("photo", "overhead", "street", "writing"))
+    epochs: int = setting(60, "passes over the images", low=1)
+    batch_size: int = setting(256, "images a step, each seen in two views", low=2)
+    lr: float = setting(0.1, "peak learning rate for a batch of 256, scaled linearly with it", low=0.0)
+    weight_decay: float = setting(5e-4, "L2 penalty", low=0.0)
+    temperature: float = setting(0.2, "of the contrastive loss", low=1e-3)
+    c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", low=0.0)
+    positives: str = setting("instance", "what the contrastive loss pulls together", choices=("instance", "class"))
+    negatives: str = setting("other", "what it pushes apart", choices=("all", "other", "same"))
+    label_momentum: float = setting(0.9, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
+    class_prior: str = setting(None, "uniform: classes are about equally frequent; none: not", ("uniform", "none"))
+    label_warmup: int = setting(5, "epochs before the ensemble labels start to move", low=0)
+    seed: int = setting(0, "makes a CPU run repeat to the bit", low=0)
+    device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
+    out: str = setting(None, "folder of the results [runs/DATASET, or the next free runs/DATASET-2, ...]")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, limits = getattr(self, f.name), f.metadata
+            flag = f"--{f.name.replace('_', '-')} {value}"
+            if value is None:
+                continue
+            if limits["choices"] and value not in limits["choices"]:
+                raise UserError(f"{flag}: choose from {', '.join(limits['choices'])}")
+            if f.type in (int, float) and not math.isfinite(value):
+                raise UserError(f"{flag}: must be finite")
+            if limits["low"] is not None and value < limits["low"]:
+                raise UserError(f"{flag}: must be at least {limits['low']}")
+            if limits["high"] is not None and value > limits["high"]:
+                raise UserError(f"{flag}: must be at most {limits['high']}")
+
+
+def nearest(name, known):
+    """End of an error message: the known names most like `name`, or all of them."""
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known))
+
+
+# ======================================================================================================================
+# Images: every data set is an entry of one table. Images are read once, the student's and CLIP's view in the same pass.
+# ======================================================================================================================
+
+
+@dataclass
+class Images:
+    """Unlabeled images at the student's size, as one tensor.
+
+    pixels   uint8 (N, 3, H, W), on any device
+    names    N strings, the index in the original data set
+    classes  C class names
+    truth    int64 (N,), -1 where unknown, or None. Read by evaluate() alone, never by train().
+    features float (N, D), the teacher's unit image features, or None where no teacher was given
+    """
+
+    pixels: Tensor
+    names: list
+    classes: list
+    truth: Tensor = None
+    features: Tensor = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to know of a data set: where it comes from, how CLIP is asked, what student suits it.
+
+    source    class of torchvision.datasets, or a function of (root, download) that gives such a data set
+    train     keyword arguments for the unlabeled images, one dict for each part, which are joined
+    test      the same for the held-out images; empty: a fixed fifth of `train`, stratified, is held out
+    classes   names CLIP is asked for, in the order of the labels; None: the data set's own
+    templates prompts, "{}" stands for the class name
+    """
+
+    source: str | Callable
+    train: tuple
+    test: tuple
+    templates: tuple
+    classes: tuple = None
+    size: int = 32
+    arch: str = "resnet18"
+    views: str = "photo"
+    clip: str = "ViT-B/32"
+    class_prior: str = "uniform"
+
+
+class HandwrittenDigits(list):
+    """scikit-learn's 1797 real handwritten digits, 8x8, as (PIL image, label) pairs. They come with the package."""
+
+    def __init__(self, root=None, download=False):
+        from PIL import Image
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        gray = (digits.images * (255 / 16)).round().astype("uint8")  # (1797, 8, 8), from 0..16
+        self.targets = digits.target.tolist()
+        super().__init__(zip(map(Image.fromarray, gray), self.targets))
+
+
+def with_the(*templates):
+    """The templates, then each again with "the" for the "a" before its class name, as half of OpenAI's prompts are."""
+    return templates + tuple(re.sub(r"\ba (\w+ )?\{\}", r"the \1{}", t) for t in templates)
+
+
+# Class names and templates are those of openai/CLIP, data/prompts.md, where it has the data set.
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMERALS = tuple("0123456789")
+NUMBER_PROMPT = ('a photo of the number: "{}".',)
+SMALL_PHOTO_PROMPTS = with_the(
+    *(f"a {kind}photo of a {{}}." for kind in ("", "blurry ", "black and white ", "low contrast ", "high contrast ")),
+    *("a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}."),
+)
+TRAIN, TEST = ({"train": True},), ({"train": False},)
+SPLIT_TRAIN, SPLIT_TEST = ({"split": "train"},), ({"split": "test"},)
+SPLIT_TRAIN_VAL = ({"split": "train"}, {"split": "val"})
+
+DATASETS = {
+    "digits": Recipe(
+        HandwrittenDigits, ({},), (),
+        NUMBER_PROMPT + ("a photo of the digit {}.", "the handwritten digit {}."),
+        NUMBER_WORDS, size=16, arch="resnet8", views="writing", clip="offline",
+    ),
+    "cifar10": Recipe("CIFAR10", TRAIN, TEST, SMALL_PHOTO_PROMPTS),
+    "cifar100": Recipe("CIFAR100", TRAIN, TEST, SMALL_PHOTO_PROMPTS),
+    "stl10": Recipe(
+        "STL10", ({"split": "train+unlabeled"},), SPLIT_TEST,
+        with_the("a photo of a {}."), size=96, class_prior="none",
+    ),
+    "eurosat": Recipe(
+        "EuroSAT", ({},), (),
+        ("a centered satellite photo of {}.",) + with_the("a centered satellite photo of a {}."),
+        (
+            "annual crop land", "forest", "brushland or shrubland", "highway or road",
+            "industrial buildings or commercial buildings", "pasture land", "permanent crop land",
+            "residential buildings or homes or apartments", "river", "lake or sea",
+        ),
+        size=64, views="overhead",
+    ),
+    "svhn": Recipe("SVHN", SPLIT_TRAIN, SPLIT_TEST, NUMBER_PROMPT, NUMERALS, views="street", class_prior="none"),
+    "mnist": Recipe("MNIST", TRAIN, TEST, NUMBER_PROMPT, NUMERALS, views="writing"),
+    "fashionmnist": Recipe(
+        "FashionMNIST", TRAIN, TEST, with_the("a photo of a {}.", "a black and white photo of a {}."),
+        ("t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    ),
+    "food101": Recipe("Food101", SPLIT_TRAIN, SPLIT_TEST, ("a photo of {}, a type of food.",), size=128),
+    "dtd": Recipe(
+        "DTD", SPLIT_TRAIN_VAL, SPLIT_TEST,
+        with_the(*(f"a photo of a {{}} {noun}." for noun in ("texture", "pattern", "thing", "object"))),
+        size=128,
+    ),
+    "flowers102": Recipe(
+        "Flowers102", SPLIT_TRAIN_VAL, SPLIT_TEST, ("a photo of a {}, a type of flower.",), size=128
+    ),
+    "oxford-pets": Recipe(
+        "OxfordIIITPet", ({"split": "trainval"},), SPLIT_TEST, ("a photo of a {}, a type of pet.",), size=128
+    ),
+    "caltech101": Recipe(
+        "Caltech101", ({},), (), with_the("a photo of a {}.", "a drawing of a {}."), size=128, class_prior="none"
+    ),
+}  # fmt: skip
+
+
+def open_dataset(dataset, root="data", split="train"):
+    """A data set of the table as (PIL image, label) pairs, downloaded where it is missing.
+
+    split: "train", the unlabeled images, or "test", the held-out ones. Returns (data set, class names).
+    UserError: unknown name; no network; an archive that was cut off.
+    """
+    if dataset not in DATASETS:
+        raise UserError(f"unknown data set {dataset!r}; there is: {nearest(dataset, DATASETS)}")
+    recipe = DATASETS[dataset]
+    source = recipe.source if callable(recipe.source) else getattr(torchvision.datasets, recipe.source)
+    try:
+        parts = [source(root=root, download=True, **kw) for kw in (split == "test" and recipe.test) or recipe.train]
+    except Exception as error:  # torchvision raises a dozen kinds: all mean that the files are not there, or not whole
+        archives = sorted(p for p in Path(root).rglob("*") if p.suffix in (".zip", ".gz", ".tgz", ".tar", ".mat"))
+        cut_off = f" If a download was cut off, delete {', '.join(map(str, archives))} first." if archives else ""
+        raise UserError(
+            f"cannot get {dataset}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}. "
+            f"Without network, lay the files that torchvision.datasets.{recipe.source} reads into {root}.{cut_off}"
+        ) from error
+    own = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None)
+    classes = list(recipe.classes or (name.replace("_", " ") for name in own))
+    if not recipe.test:  # no official split: hold out a fixed fifth
+        from sklearn.model_selection import train_test_split
+
+        labels = getattr(parts[0], "targets", None) or parts[0].y
+        kept = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+        return torch.utils.data.Subset(parts[0], kept[split == "test"]), classes
+    return torch.utils.data.ConcatDataset(parts), classes
+
+
+def square(image, size):
+    """PIL image -> uint8 (3, size, size): short side to `size` by bicubic, then the centre, as CLIP's preprocess."""
+    image = TF.resize(image.convert("RGB"), size, TF.InterpolationMode.BICUBIC)
+    return TF.pil_to_tensor(TF.center_crop(image, size))
+
+
+class Squares(torch.utils.data.Dataset):
+    """Item i of a data set of (PIL image, label) as uint8 tensors, one for each of `sizes`, and its label."""
+
+    def __init__(self, dataset, sizes):
+        self.dataset, self.sizes = dataset, sizes
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        image, label = self.dataset[i]
+        return [square(image, size) for size in self.sizes], label
+
+
+def load_images(dataset="digits", root="data", split="train", size=None, teacher=None):
+    """Read a data set of the table once: pixels for the student and, with a teacher, its image features.
+
+    Returns Images on the CPU. Arguments and errors as open_dataset(); size in pixels, None: the table's.
+    """
+    source, classes = open_dataset(dataset, root, split)
+    size = size or DATASETS[dataset].size
+    sizes = [size] if teacher is None else [size, teacher.size]
+    workers = min(os.cpu_count(), 16) if len(source) > 5000 else 0  # workers take seconds to start
+    loader = torch.utils.data.DataLoader(Squares(source, sizes), batch_size=256, num_workers=workers)
+    pixels = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
+    truth, features, end = [], [], 0
+    for (small, *clip_view), labels in tqdm(loader, f"{dataset}, {split}", unit="batch", disable=None):
+        pixels[end : (end := end + len(small))] = small
+        truth.append(labels)
+        if teacher:
+            features.append(teacher.encode_images(clip_view[0]).cpu())
+    index = getattr(source, "indices", range(len(source)))
+    names = [f"{i:05d}" for i in index]
+    return Images(pixels, names, classes, torch.cat(truth), torch.cat(features) if teacher else None)
+
+
+# ======================================================================================================================
+# Pseudo-labels: CLIP names every image.
+# ======================================================================================================================
+
+OFFLINE_CLIP = Path(__file__).resolve().parent / "tutorials" / "offline_clip.pt"
+OPENAI_CLIP = {  # name: SHA-256 of its weights
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+
+
+@dataclass
+class Teacher:
+    """A CLIP model, whichever package it comes from.
+
+    encode_images   uint8 (B, 3, size, size) -> float32 unit rows (B, D)
+    encode_texts    list of B strings -> float32 unit rows (B, D)
+    size            side of its square input, in pixels
+    """
+
+    encode_images: Callable
+    encode_texts: Callable
+    size: int
+
+
+def load_clip(name="offline", device="cpu"):
+    """A Teacher from its name, in half precision on CUDA and float32 elsewhere.
+
+    name: "offline", the small CLIP beside the tutorials, that knows digits only; "ViT-B/32" and the like, OpenAI's
+    weights, through the package `clip` where it is installed and through open_clip otherwise; "arch:tag" or
+    "arch:FILE", a model of open_clip; or the path of a state_dict in OpenAI's format.
+    UserError: unknown name, no network, cut-off download, unreadable file.
+    """
+    device = torch.device(device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if ":" in name and not Path(name).is_file():
+        model, tokenize = open_clip_model(name, dtype, device)
+    else:
+        model, tokenize = openai_clip_model(name, device)
+    model = model.to(device).eval()
+    if dtype == torch.float32:
+        model.float()  # OpenAI's weights are stored in half precision
+    visual = model.visual  # the two packages keep the input's size and normalisation in places of their own
+    size = visual.input_resolution if hasattr(visual, "input_resolution") else visual.image_size
+    size = size if isinstance(size, int) else size[0]
+    mean = getattr(visual, "image_mean", None) or (0.48145466, 0.4578275, 0.40821073)
+    std = getattr(visual, "image_std", None) or (0.26862954, 0.26130258, 0.27577711)
+
+    @torch.inference_mode()
+    def encode_images(pixels):
+        x = TF.normalize(pixels.to(device, non_blocking=True).float() / 255, mean, std)
+        return F.normalize(model.encode_image(x.to(dtype)).float(), dim=1)
+
+    @torch.inference_mode()
+    def encode_texts(texts):
+        return F.normalize(model.encode_text(tokenize(texts).to(device)).float(), dim=1)
+
+    return Teacher(encode_images, encode_texts, size)
+
+
+def openai_clip_model(name, device):
+    """OpenAI's own CLIP, by the package `clip` or, where that is missing, by open_clip: (model, tokenize)."""
+    try:
+        import clip
+
+        tokenize = clip.tokenize  # PyPI's "clip" is another program, without it
+    except (ImportError, AttributeError):
+        import open_clip
+
+        clip, tokenize = None, open_clip.tokenize
+    if name == "offline" or Path(name).is_file():
+        build = clip.model.build_model if clip else open_clip.model.build_model_from_openai_state_dict
+        try:
+            return build(read_tensors(OFFLINE_CLIP if name == "offline" else name)), tokenize
+        except (AttributeError, KeyError, RuntimeError) as error:
+            raise UserError(f"{name} is not a state_dict of OpenAI's CLIP: {first_line(error)}") from error
+    if name not in OPENAI_CLIP:
+        raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, [*OPENAI_CLIP, 'offline'])}, arch:tag, FILE")
+    file = Path("~/.cache/clip").expanduser() / f"{name.replace('/', '-').replace('@', '-')}.pt"
+    try:
+        if clip:
+            return clip.load(name, device)[0], tokenize
+        return open_clip.load_openai_model(file.stem.removesuffix("px"), device=device), tokenize
+    except (OSError, RuntimeError) as error:
+        remedy = "is cut off: delete it, then" if file.exists() else "is missing:"
+        raise UserError(
+            f"cannot load {name}: {first_line(error)}. {file} {remedy} let it be downloaded, "
+            f"or copy it there from elsewhere (SHA-256 {OPENAI_CLIP[name]})"
+        ) from error
+
+
+def open_clip_model(name, dtype, device):
+    """A model of open_clip by its "arch:tag" or "arch:FILE": (model, tokenize)."""
+    import open_clip
+
+    arch, tag = name.split(":", 1)
+    known = open_clip.list_pretrained(as_str=True)
+    if name not in known and not (arch in open_clip.list_models() and Path(tag).is_file()):
+        raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, known)}")
+    preset = open_clip.get_pretrained_cfg(arch, tag)
+    precision = "fp16" if dtype == torch.float16 else "fp32"
+    try:  # open_clip warns only when weights trained with QuickGELU are run without it: set it
+        quick_gelu = preset.get("quick_gelu", False)
+        model = open_clip.create_model(arch, tag, precision=precision, device=device, force_quick_gelu=quick_gelu)
+    except Exception as error:
+        source = preset.get("hf_hub") or preset.get("url")
+        raise UserError(
+            f"cannot load {name}: {first_line(error)}. Without network, copy the weights of {source} from elsewhere "
+            f"and name the file: --clip {arch}:FILE"
+        ) from error
+    return model, open_clip.get_tokenizer(arch)
+
+
+def text_classifier(teacher, classes, templates):
+    """Zero-shot weights: per class the mean of the unit text embeddings over the templates, made unit again.
+
+    classes: C names. templates: T prompts in which "{}" stands for the name. Returns float (C, D) unit rows.
+    Prompt ensembling of Radford et al. 2021, section 3.1.4.
+    """
+    rows = [teacher.encode_texts([t.replace("{}", name) for t in templates]).mean(0) for name in classes]
+    return F.normalize(torch.stack(rows), dim=1)
+
+
+def zero_shot_probs(image_features, text_features, temperature=0.01):
+    """p(class | image) = softmax(cosine / temperature).
+
+    image_features (N, D) and text_features (C, D) are unit rows; temperature 0.01 is CLIP's 1 / exp(logit_scale).
+    Returns float32 (N, C). Radford et al. 2021, section 3.1.2.
+    """
+    return (image_features.float() @ text_features.float().T / temperature).softmax(1)
+
+
+# ======================================================================================================================
+# Class-conditional contrastive loss (C3L)
+# ======================================================================================================================
+
+
+def class_conditional_contrastive_loss(z, targets, temperature=0.2, positives="instance", negatives="other"):
+    """Instance discrimination and class discrimination in one loss.
+
+        L_i = - sum_j w_ij / (sum_j w_ij) * log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
+
+    where j and k run over all rows but i. w says what is pulled together and v what is pushed apart. Both look at the
+    class agreement a_ij = <T_i, T_j>, the chance that i and j share a class by their present labels T. The other view
+    i+ of the same image always has w = v = 1, and in the term of a positive j its own v_ij is 1.
+
+        positives "instance": w_ij = 0       negatives "all":   v_ik = 1          instance + all = SimCLR (NT-Xent)
+                  "class":    w_ij = a_ij              "other": v_ik = 1 - a_ik   class + all = SupCon, soft labels
+                                                       "same":  v_ik = a_ik
+
+    z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
+    gradient. Returns a float32 scalar, finite whatever the classes. Our reading of arXiv 2206.06177; its limits are
+    Chen et al. 2020 (SimCLR) and Khosla et al. 2020 (SupCon).
+    """
+    rows = torch.arange(len(z), device=z.device)
+    own = rows[:, None] == rows  # (2B, 2B), the diagonal
+    other_view = rows[:, None] == rows.roll(len(z) // 2)
+    with torch.autocast(z.device.type, enabled=False):  # exp(s) needs float32
+        s = (z.float() @ z.float().T / temperature).masked_fill(own, -torch.inf)
+        agreement = (targets.float() @ targets.float().T).clamp(0, 1).repeat(2, 2)
+    w = torch.zeros_like(s) if positives == "instance" else agreement
+    v = {"all": torch.ones_like(s), "other": 1 - agreement, "same": agreement}[negatives]
+    w = w.masked_fill(own, 0).masked_fill(other_view, 1)
+    v = v.masked_fill(other_view, 1)
+
+    tiny = torch.finfo(torch.float32).tiny  # log(0), without its infinite gradient
+    denominator = (s + v.clamp_min(tiny).log()).logsumexp(1, keepdim=True)  # (2B, 1)
+    if positives == "class":  # raise v_ij to 1 in the term of j itself
+        denominator = torch.logaddexp(denominator, s + (1 - v).clamp_min(tiny).log())  # (2B, 2B)
+    ratios = (s - denominator).masked_fill(own, 0)  # log-ratios; the diagonal is no term
+    return -((w * ratios).sum(1) / w.sum(1)).mean()
+
+
+# ======================================================================================================================
+# Ensemble labels
+# ======================================================================================================================
+
+
+def balance(probs, iterations=20):
+    """The nearest soft labels in which every class is equally frequent: float32 (N, C) -> (N, C), rows on the simplex.
+
+    A teacher that hardly ever says "seven" means seven more often than it says so. Columns are scaled to N / C and
+    rows to 1 in turn, which is Sinkhorn and Knopp's optimal transport from images to equally large classes; as in
+    self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020). It reads no truth, but it assumes that the classes
+    are about equally frequent: where they are not, leave it out.
+    """
+    q = probs.double().clamp_min(1e-12)  # no zero may stay zero for ever
+    for _ in range(iterations):
+        q = q / q.mean(0)  # up to a constant, that each row loses next
+        q = q / q.sum(1, keepdim=True)
+    return q.float()
+
+
+class EnsembleLabels:
+    """Pseudo-labels that follow the student: once an epoch, T <- m T + (1 - m) q.
+
+    q is the student's mean prediction over the views that it saw of an image in that epoch: no extra forward pass.
+    T starts from `probs` (N, C), the teacher's predictions. With `balanced`, both go through balance() first.
+    `table` is T, float32 (N, C), each row on the simplex. momentum: m in [0, 1]. Our reading of arXiv 2206.06177, kin
+    to temporal ensembling (Laine and Aila 2017); the balancing is our addition.
+    """
+
+    def __init__(self, probs, momentum=0.9, balanced=True):
+        self.momentum = momentum
+        self.read = balance if balanced else torch.clone
+        self.table = self.read(probs.float())
+        self.sum = torch.zeros_like(self.table)  # of the predictions recorded in this epoch
+        self.count = self.table.new_zeros(len(probs), 1)
+
+    def targets(self, index):
+        """Present labels (B, C) of the images `index`, int64 (B,)."""
+        return self.table[index]
+
+    def record(self, index, probs):
+        """Add the student's predictions (B, C) for the images `index`, int64 (B,), in which one may stand twice."""
+        self.sum.index_add_(0, index, probs.detach().float())
+        self.count.index_add_(0, index, self.count.new_ones(len(index), 1))
+
+    def end_epoch(self, update=True):
+        """Mix what was recorded into T, or (update=False, in the warm-up) drop it."""
+        if update:
+            q = self.read(torch.where(self.count > 0, self.sum / self.count.clamp_min(1), self.table))
+            self.table = self.momentum * self.table + (1 - self.momentum) * q
+        self.sum.zero_()
+        self.count.zero_()
+
+
+# ======================================================================================================================
+# Augmentation: on the device, and each image with a draw of its own. (torchvision's transforms draw once for a whole
+# batch; a contrastive loss would then tell images apart by nothing but the crop.)
+# ======================================================================================================================
+
+VIEWS = {  # keyword arguments of augment()
+    "photo": dict(area=(0.3, 1.0), flip=0.5, jitter=0.4, gray=0.2),
+    "overhead": dict(area=(0.3, 1.0), flip=0.5, rotate=180, jitter=0.4),  # no up or down seen from above
+    "street": dict(area=(0.5, 1.0), rotate=10, jitter=0.4, gray=0.2),  # writing in photos has no mirror image
+    "writing": dict(area=(0.6, 1.3), rotate=15, jitter=0.3, padding="zeros"),  # white on black
+}
+
+
+def augment(pixels, padding="reflection", **ranges):
+    """One random view of each image: float32 (B, 3, H, W) in [0, 1] from uint8 (B, 3, H, W), on the same device.
+
+    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views().
+    """
+    return apply_views(pixels, draw_views(len(pixels), device=pixels.device, **ranges), padding)
+
+
+def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, jitter=0.0, gray=0.0, device="cpu"):
+    """Random parameters of n views, each a float32 tensor (n,).
+
+    width, height, left, top        a window in shares of the image's sides, as RandomResizedCrop draws it: its area
+                                    from `area`, its width / height from `ratio`. Above 1 the image shrinks within it.
+    angle                           degrees, counter-clockwise, within +-rotate
+    mirrored                        1 with probability `flip`, otherwise 0
+    brightness, contrast, saturation  factors within 1 +- jitter; saturation is 0 with probability `gray`
+    """
+
+    def uniform(low, high):
+        return torch.empty(n, device=device).uniform_(low, high)
+
+    side = uniform(*area).sqrt()
+    stretch = uniform(math.log(ratio[0]), math.log(ratio[1])).div(2).exp() if area != (1, 1) else torch.ones_like(side)
+    width, height = side * stretch, side / stretch
+    if area[1] <= 1:
+        width, height = width.clamp(max=1), height.clamp(max=1)
+    return dict(
+        width=width,
+        height=height,
+        left=uniform(0, 1) * (1 - width),
+        top=uniform(0, 1) * (1 - height),
+        angle=uniform(-rotate, rotate),
+        mirrored=(uniform(0, 1) < flip).float(),
+        brightness=uniform(1 - jitter, 1 + jitter),
+        contrast=uniform(1 - jitter, 1 + jitter),
+        saturation=uniform(1 - jitter, 1 + jitter) * (uniform(0, 1) >= gray),
+    )
+
+
+def apply_views(pixels, draw, padding="reflection"):
+    """The views that `draw` describes, see draw_views(): window, rotation, mirror, brightness, contrast, saturation.
+
+    The first three are one bilinear sampling. Each step is torchvision's function of that name, image by image.
+    """
+    d = {name: value.to(pixels.device) for name, value in draw.items()}
+    x = pixels.float() / 255
+    # Where an output point (x, y) in [-1, 1], y down, comes from: mirror, then rotate, then scale and shift.
+    angle, sign = d["angle"].deg2rad(), 1 - 2 * d["mirrored"]
+    across = torch.stack([sign * angle.cos(), -angle.sin(), 2 * d["left"] / d["width"] + 1 - 1 / d["width"]], 1)
+    down = torch.stack([sign * angle.sin(), angle.cos(), 2 * d["top"] / d["height"] + 1 - 1 / d["height"]], 1)
+    theta = torch.stack([d["width"][:, None] * across, d["height"][:, None] * down], 1)  # (B, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
+
+    def blend(other, factor):
+        return torch.lerp(other, x, d[factor].view(-1, 1, 1, 1)).clamp(0, 1)
+
+    x = blend(torch.zeros_like(x), "brightness")
+    x = blend(TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), "contrast")
+    return blend(TF.rgb_to_grayscale(x), "saturation")
+
+
+# ======================================================================================================================
+# Student
+# ======================================================================================================================
+
+
+class Student(nn.Module):
+    """The network that is trained: forward(x) -> logits (B, C) and unit embeddings (B, embedding_dim).
+
+    x: float (B, 3, H, W) in [0, 1]; normalisation is inside. arch: "resnet8" (0.3 M parameters: one basic block at
+    each of 32, 64 and 128 channels, for small simple images) or any resnet of torchvision. Below 65 px (`size`) those
+    get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool. UserError: unknown arch.
+    """
+
+    def __init__(self, arch, num_classes, size=32, embedding_dim=128):
+        super().__init__()
+        if arch == "resnet8":
+            self.backbone, width = resnet8(), 128
+        else:
+            known = [name for name in torchvision.models.list_models(torchvision.models) if name.startswith("resnet")]
+            if arch not in known:
+                raise UserError(f"unknown arch {arch!r}; there is: {nearest(arch, ['resnet8', *known])}")
+            self.backbone = torchvision.models.get_model(arch)
+            width, self.backbone.fc = self.backbone.fc.in_features, nn.Identity()
+            if size <= 64:
+                self.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+                self.backbone.maxpool = nn.Identity()
+        self.classifier = nn.Linear(width, num_classes)
+        self.projector = nn.Sequential(
+            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, embedding_dim)
+        )
+
+    def forward(self, x):
+        h = self.backbone((x - 0.5) / 0.25)  # (B, width)
+        return self.classifier(h), F.normalize(self.projector(h), dim=1)
+
+
+def resnet8():
+    """Features (B, 128) by a ResNet of three basic blocks (He et al. 2016, section 4.2, n = 1, twice the width)."""
+    from torchvision.models.resnet import BasicBlock, conv1x1
+
+    layers = [nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
+    for width in (32, 64):
+        shortcut = nn.Sequential(conv1x1(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width))
+        layers.append(BasicBlock(width, 2 * width, stride=2, downsample=shortcut))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+# ======================================================================================================================
+# Training
+# ======================================================================================================================
+
+
+def train(config, images, probs, out=None, on_epoch=None):
+    """Train a student on images.pixels and the teacher's probs (N, C), and on nothing else: images.truth is not read.
+
+    config      a Config in which nothing is None but `out`
+    out         folder (Path) for checkpoint.pt and metrics.csv, written after each epoch. Where a checkpoint lies there
+                already, training goes on from it; on a CPU to the bit as if it had never stopped.
+    on_epoch    called after each epoch with its row of metrics.csv (a dict), the student and the EnsembleLabels
+    Returns (student, labels). UserError: the loss is not finite; the checkpoint cannot be read.
+    """
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    student = Student(config.arch, len(images.classes), config.size).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
+    labels = EnsembleLabels(probs.to(device), config.label_momentum, config.class_prior == "uniform")
+    pixels, first_labels = images.pixels.to(device), probs.argmax(1).to(device)
+    model = torch.compile(student) if config.compile else student
+    history = []
+    checkpoint = out and out / "checkpoint.pt"
+    if checkpoint and checkpoint.exists():
+        state = read_tensors(checkpoint)
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        labels.table, history = state["labels"].to(device), state["history"]
+
+    steps = math.ceil(len(pixels) / config.batch_size)  # an epoch
+    bar = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="student", unit="step", disable=None)
+    for epoch in range(len(history), config.epochs):
+        started = time.time()
+        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # the draws of an epoch depend on no earlier one
+        cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar)
+        labels.end_epoch(update=epoch >= config.label_warmup)
+        row = dict(
+            epoch=epoch + 1,
+            loss=cross_entropy + config.c3l_weight * c3l,
+            cross_entropy=cross_entropy,
+            c3l=c3l,
+            lr=learning_rate(config, (epoch + 1) / config.epochs),
+            labels_changed=(labels.table.argmax(1) != first_labels).float().mean().item(),
+            seconds=round(time.time() - started, 3),
+        )
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {config.lr}")
+        bar.set_postfix_str(f"loss {row['loss']:.3f}, lr {row['lr']:.3f}, labels changed {row['labels_changed']:.1%}")
+        if on_epoch:
+            on_epoch(row, student, labels)
+        history.append(row)
+        if out:
+            state = dict(student=student.state_dict(), optimizer=optimizer.state_dict(), labels=labels.table)
+            save_tensors(checkpoint, state | dict(history=history))
+            write_csv(out / "metrics.csv", history)
+    bar.close()
+    return student, labels
+
+
+def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
+    """One pass over the images. Returns the means of cross-entropy and C3L. Nothing in a step waits for the device."""
+    model.train()
+    device = pixels.device
+    losses = torch.zeros(2, device=device)
+    for step, index in enumerate(torch.randperm(len(pixels), device=device).tensor_split(steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, (epoch + (step + 1) / steps) / config.epochs)
+        batch = pixels[index]  # uint8 (B, 3, H, W)
+        views = torch.cat([augment(batch, **VIEWS[config.views]), augment(batch, **VIEWS[config.views])])
+        targets = labels.targets(index)  # (B, C)
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+            logits, z = model(views.contiguous(memory_format=torch.channels_last))  # (2B, C), (2B, D)
+        cross_entropy = F.cross_entropy(logits.float(), targets.repeat(2, 1))
+        c3l = class_conditional_contrastive_loss(z, targets, config.temperature, config.positives, config.negatives)
+        optimizer.zero_grad()
+        (cross_entropy + config.c3l_weight * c3l).backward()
+        optimizer.step()
+        labels.record(index.repeat(2), logits.float().softmax(1))
+        losses += torch.stack([cross_entropy, c3l]).detach() / steps
+        bar.update()
+    return losses.tolist()
+
+
+def learning_rate(config, progress):
+    """Linear warm-up in the first twentieth of the run, then a cosine to zero. progress: share of the run done."""
+    peak = config.lr * config.batch_size / 256
+    return peak * min(progress / 0.05, (1 + math.cos(math.pi * progress)) / 2)
+
+
+def pick_device(name):
+    """torch.device of "auto", "cpu", "cuda" or "mps". UserError: there is none of that kind."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise UserError(f"--device {name}: none found; there is: {', '.join(kind for kind in there if there[kind])}")
+    return torch.device(name)
+
+
+def has_fast_bfloat16(device):
+    """Whether autocast to bfloat16 pays: on CUDA, and on CPUs that have such instructions (others emulate them)."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+
+
+# ======================================================================================================================
+# Evaluation and report: the only place where truth is read.
+# ======================================================================================================================
+
+
+@torch.inference_mode()
+def predict(student, pixels, batch_size=1024):
+    """Class probabilities, float32 (N, C) on the CPU, of uint8 pixels (N, 3, H, W) on any device. No augmentation."""
+    device = next(student.parameters()).device
+    student.eval()
+    return torch.cat([student(x.to(device).float() / 255)[0].softmax(1).cpu() for x in pixels.split(batch_size)])
+
+
+def score(probs, truth):
+    """How right predictions are: dict of accuracy, per_class (C accuracies) and confusion (C, C).
+
+    probs: (N, C). truth: int64 (N,), -1 where unknown: such rows do not count; or None. Accuracies are shares in
+    [0, 1], or None where there is nothing to count. confusion[t, p]: how many images of class t are called p.
+    """
+    classes = probs.shape[1]
+    known = torch.zeros(len(probs), dtype=torch.bool) if truth is None else truth >= 0
+    cells = (truth[known] * classes + probs.argmax(1)[known]) if truth is not None else torch.empty(0).long()
+    confusion = cells.bincount(minlength=classes**2).view(classes, classes)
+    right, total = confusion.diag(), confusion.sum(1)
+    return dict(
+        accuracy=right.sum().item() / total.sum().item() if known.any() else None,
+        per_class=[r / t if t else None for r, t in zip(right.tolist(), total.tolist())],
+        confusion=confusion,
+    )
+
+
+def evaluate(student, images):
+    """score() of the student's predictions for Images against their truth."""
+    return score(predict(student, images.pixels), images.truth)
+
+
+def draw_noise(path, classes, teacher, student):
+    """Picture at `path`: the confusion matrices of two score()s side by side, as shares of each true class."""
+    from matplotlib.figure import Figure
+
+    side = min(4 + 0.18 * len(classes), 20)
+    figure = Figure((2 * side + 1, side), layout="constrained")
+    for ax, (name, result) in zip(figure.subplots(1, 2, sharey=True), [("CLIP", teacher), ("student", student)]):
+        shares = result["confusion"] / result["confusion"].sum(1, keepdim=True).clamp(min=1)
+        drawn = ax.imshow(shares, cmap="viridis", vmin=0, vmax=1)
+        ax.set_title(f"{name}: {result['accuracy']:.1%} right")
+        ax.set_xlabel("predicted")
+        if len(classes) <= 50:  # more names than that are a blur
+            ax.set_xticks(range(len(classes)), classes, rotation=90)
+            ax.set_yticks(range(len(classes)), classes)
+        if len(classes) <= 12:
+            for t, p in (shares >= 0.005).nonzero().tolist():
+                ax.text(p, t, f"{100 * shares[t, p]:.0f}", ha="center", va="center", size=8,
+                        color="black" if shares[t, p] > 0.5 else "white")  # fmt: skip
+    figure.axes[0].set_ylabel("true class")
+    figure.colorbar(drawn, ax=figure.axes, label="share of the true class", fraction=0.03)
+    figure.savefig(path, dpi=120, format="png")
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
+def read_tensors(path):
+    """torch.load of tensors and plain types only: no code in the file is run. UserError: it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a dozen kinds, by what is wrong with it
+        raise UserError(f"cannot read {path} (cut off, or not a file of tensors): {first_line(error)}") from error
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def write_whole(path, write):
+    """Let write(path of a draft) make a file, then put it into place at once: `path` is never half-written."""
+    draft = path.with_name(path.name + ".part")
+    write(draft)
+    with open(draft, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def write_csv(path, rows):
+    """Rows (dicts with the same keys) as a csv file with a header."""
+
+    def write(draft):
+        with open(draft, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(path, write)
+
+
+def write_json(path, value):
+    write_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
+
+def save_tensors(path, value):
+    write_whole(path, lambda draft: torch.save(value, draft))
+
+
+def parse(argv):
+    """Config from command-line arguments, and whether the run is to be resumed."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message)
+
+    usage = __doc__.split("\n\n")
+    parser = Parser("tclip", description=usage[0] + "\n\n" + usage[2], formatter_class=argparse.RawTextHelpFormatter)
+    for f in fields(Config):
+        default = "" if f.default is None or f.type is bool else f" [{f.default}]"
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
+        choices = f.metadata["choices"]
+        text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + default
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=text.replace("%", "%%"), **kind)
+    parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
+    arguments = vars(parser.parse_args(argv))
+    resume = arguments.pop("resume")
+    if not resume:
+        return Config(**arguments), False
+    if len(argv) > 2 - ("=" in argv[0]):
+        raise UserError(f"--resume takes every setting from {resume}/config.json: give no others")
+    try:
+        return Config(**json.loads((Path(resume) / "config.json").read_text())), True
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot resume {resume}: {first_line(error)}") from error
+
+
+def complete(config):
+    """The config with every None filled in: from the data set's entry in the table, and the folder of the results."""
+    if config.dataset not in DATASETS:
+        raise UserError(f"unknown data set {config.dataset!r}; there is: {nearest(config.dataset, DATASETS)}")
+    recipe = DATASETS[config.dataset]
+    unset = [f.name for f in fields(Config) if getattr(config, f.name) is None and f.name != "out"]
+    config = replace(config, **{name: getattr(recipe, name) for name in unset})
+    if config.out is None:
+        folders = (Path("runs") / f"{config.dataset}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 10_000))))
+        return replace(config, out=str(next(folder for folder in folders if not folder.exists())))
+    if Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
+        raise UserError(f"{config.out} is not empty: choose another --out, or go on with --resume {config.out}")
+    return config
+
+
+def run(config, resume=False):
+    """A whole run: images, pseudo-labels, training, evaluation; the results lie in config.out. Returns the summary."""
+    started = time.time()
+    device = pick_device(config.device)
+    Student(config.arch, 2)  # an unknown arch is told before anything is downloaded
+    teacher = load_clip(config.clip, device)
+    images = load_images(config.dataset, config.root, "train", config.size, teacher)
+    heldout = load_images(config.dataset, config.root, "test", config.size, teacher)
+    prompts = text_classifier(teacher, images.classes, DATASETS[config.dataset].templates).cpu()
+    probs = zero_shot_probs(images.features, prompts)
+    del teacher  # its memory
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        write_json(out / "config.json", asdict(config))
+    student, labels = train(config, images, probs, out)
+
+    by_teacher, by_student = score(probs, images.truth), evaluate(student, images)
+    summary = dict(
+        dataset=config.dataset,
+        clip=config.clip,
+        seed=config.seed,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        torch=torch.__version__,
+        images=len(images.pixels),
+        seconds=round(time.time() - started, 1),
+        teacher_accuracy=by_teacher["accuracy"],
+        teacher_inductive_accuracy=score(zero_shot_probs(heldout.features, prompts), heldout.truth)["accuracy"],
+        label_accuracy=score(labels.table.cpu(), images.truth)["accuracy"],
+        transductive_accuracy=by_student["accuracy"],
+        inductive_accuracy=evaluate(student, heldout)["accuracy"],
+        per_class_teacher=dict(zip(images.classes, by_teacher["per_class"])),
+        per_class_student=dict(zip(images.classes, by_student["per_class"])),
+    )
+    write_results(out, config, images, probs, student, labels.table.cpu(), summary)
+    write_whole(out / "noise.png", lambda path: draw_noise(path, images.classes, by_teacher, by_student))
+    return summary
+
+
+def write_results(out, config, images, probs, student, table, summary):
+    """labels.csv, model.pt and summary.json in the folder `out`."""
+    rows = []
+    for name, first, last in zip(images.names, probs, table):
+        before, after = first.argmax().item(), last.argmax().item()
+        rows.append(
+            dict(
+                image=name,
+                clip_label=images.classes[before],
+                clip_confidence=f"{first[before]:.4f}",
+                label=images.classes[after],
+                confidence=f"{last[after]:.4f}",
+                changed=int(before != after),
+            )
+        )
+    write_csv(out / "labels.csv", rows)
+    model = dict(arch=config.arch, size=config.size, classes=images.classes, student=student.state_dict())
+    save_tensors(out / "model.pt", model)
+    write_json(out / "summary.json", summary)
+
+
+def load_student(path):
+    """(student, class names) from a run's model.pt. UserError: it cannot be read."""
+    model = read_tensors(path)
+    student = Student(model["arch"], len(model["classes"]), model["size"])
+    student.load_state_dict(model["student"])
+    return student.eval(), model["classes"]
+
+
+def main(argv=None):
+    """The command line. Returns the exit code: 0, 2 after a UserError, 130 after Ctrl-C."""
+    config = None
+    try:
+        config, resume = parse(sys.argv[1:] if argv is None else argv)
+        config = config if resume else complete(config)
+        summary = run(config, resume)
+    except UserError as error:
+        print(f"tclip: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        begun = config and config.out and Path(config.out, "checkpoint.pt").exists()
+        hint = f" Go on with: python tclip.py --resume {config.out}" if begun else ""
+        print(f"\ntclip: stopped.{hint}", file=sys.stderr)
+        return 130
+    percent = {k: "?" if v is None else f"{100 * v:.1f} %" for k, v in summary.items() if k.endswith("accuracy")}
+    print(f"results in {config.out}")
+    print(
+        f"teacher -> student: {percent['teacher_accuracy']} -> {percent['transductive_accuracy']} on the unlabeled "
+        f"images, {percent['teacher_inductive_accuracy']} -> {percent['inductive_accuracy']} on held-out ones; "
+        f"{summary['seconds']:.0f} s on {summary['device']}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
