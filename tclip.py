@@ -22,6 +22,7 @@ import argparse
 import csv
 import difflib
 import json
+import logging
 import math
 import os
 import re
@@ -73,7 +74,8 @@ class Config:
     negatives: str = setting("other", "what it pushes apart", choices=("all", "other", "same"))
     label_momentum: float = setting(0.9, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
     class_prior: str = setting(None, "uniform: classes are about equally frequent; none: not", ("uniform", "none"))
-    label_warmup: int = setting(5, "epochs before the ensemble labels start to move", low=0)
+    label_neighbours: int = setting(50, "images whose predictions make an ensemble label; 0: only its own", low=0)
+    label_warmup: int = setting(2, "epochs before the ensemble labels start to move", low=0)
     seed: int = setting(0, "makes a CPU run repeat to the bit", low=0)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
@@ -130,8 +132,9 @@ class Recipe:
     source    class of torchvision.datasets, or a function of (root, download) that gives such a data set
     train     keyword arguments for the unlabeled images, one dict for each part, which are joined
     test      the same for the held-out images; empty: a fixed fifth of `train`, stratified, is held out
-    classes   names CLIP is asked for, in the order of the labels; None: the data set's own
     templates prompts, "{}" stands for the class name
+    classes   names CLIP is asked for, in the order of the labels; None: the data set's own
+    files     what torchvision downloads, as paths in its folder: told where there is no network
     """
 
     source: str | Callable
@@ -139,6 +142,7 @@ class Recipe:
     test: tuple
     templates: tuple
     classes: tuple = None
+    files: tuple = ()
     size: int = 32
     arch: str = "resnet18"
     views: str = "photo"
@@ -172,6 +176,9 @@ SMALL_PHOTO_PROMPTS = with_the(
     *(f"a {kind}photo of a {{}}." for kind in ("", "blurry ", "black and white ", "low contrast ", "high contrast ")),
     *("a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}."),
 )
+
+
+IDX = [f"{part}-ubyte.gz" for part in "train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1".split()]
 TRAIN, TEST = ({"train": True},), ({"train": False},)
 SPLIT_TRAIN, SPLIT_TEST = ({"split": "train"},), ({"split": "test"},)
 SPLIT_TRAIN_VAL = ({"split": "train"}, {"split": "val"})
@@ -179,14 +186,14 @@ SPLIT_TRAIN_VAL = ({"split": "train"}, {"split": "val"})
 DATASETS = {
     "digits": Recipe(
         HandwrittenDigits, ({},), (),
-        NUMBER_PROMPT + ("a photo of the digit {}.", "the handwritten digit {}."),
-        NUMBER_WORDS, size=16, arch="resnet8", views="writing", clip="offline",
+        NUMBER_PROMPT + ("a photo of the digit {}.", "the handwritten digit {}."), NUMBER_WORDS,
+        size=16, arch="resnet8", views="writing", clip="offline",
     ),
-    "cifar10": Recipe("CIFAR10", TRAIN, TEST, SMALL_PHOTO_PROMPTS),
-    "cifar100": Recipe("CIFAR100", TRAIN, TEST, SMALL_PHOTO_PROMPTS),
+    "cifar10": Recipe("CIFAR10", TRAIN, TEST, SMALL_PHOTO_PROMPTS, files=("cifar-10-python.tar.gz",)),
+    "cifar100": Recipe("CIFAR100", TRAIN, TEST, SMALL_PHOTO_PROMPTS, files=("cifar-100-python.tar.gz",)),
     "stl10": Recipe(
-        "STL10", ({"split": "train+unlabeled"},), SPLIT_TEST,
-        with_the("a photo of a {}."), size=96, class_prior="none",
+        "STL10", ({"split": "train+unlabeled"},), SPLIT_TEST, with_the("a photo of a {}."),
+        files=("stl10_binary.tar.gz",), size=96, class_prior="none",
     ),
     "eurosat": Recipe(
         "EuroSAT", ({},), (),
@@ -196,28 +203,40 @@ DATASETS = {
             "industrial buildings or commercial buildings", "pasture land", "permanent crop land",
             "residential buildings or homes or apartments", "river", "lake or sea",
         ),
-        size=64, views="overhead",
+        files=("eurosat/EuroSAT.zip",), size=64, views="overhead",
     ),
-    "svhn": Recipe("SVHN", SPLIT_TRAIN, SPLIT_TEST, NUMBER_PROMPT, NUMERALS, views="street", class_prior="none"),
-    "mnist": Recipe("MNIST", TRAIN, TEST, NUMBER_PROMPT, NUMERALS, views="writing"),
+    "svhn": Recipe(
+        "SVHN", SPLIT_TRAIN, SPLIT_TEST, NUMBER_PROMPT, NUMERALS,
+        files=("train_32x32.mat", "test_32x32.mat"), views="street", class_prior="none",
+    ),
+    "mnist": Recipe(
+        "MNIST", TRAIN, TEST, NUMBER_PROMPT, NUMERALS, tuple(f"MNIST/raw/{name}" for name in IDX), views="writing"
+    ),
     "fashionmnist": Recipe(
         "FashionMNIST", TRAIN, TEST, with_the("a photo of a {}.", "a black and white photo of a {}."),
         ("t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        files=tuple(f"FashionMNIST/raw/{name}" for name in IDX),
     ),
-    "food101": Recipe("Food101", SPLIT_TRAIN, SPLIT_TEST, ("a photo of {}, a type of food.",), size=128),
+    "food101": Recipe(
+        "Food101", SPLIT_TRAIN, SPLIT_TEST, ("a photo of {}, a type of food.",),
+        files=("food-101.tar.gz",), size=128,
+    ),
     "dtd": Recipe(
         "DTD", SPLIT_TRAIN_VAL, SPLIT_TEST,
         with_the(*(f"a photo of a {{}} {noun}." for noun in ("texture", "pattern", "thing", "object"))),
-        size=128,
+        files=("dtd/dtd-r1.0.1.tar.gz",), size=128,
     ),
     "flowers102": Recipe(
-        "Flowers102", SPLIT_TRAIN_VAL, SPLIT_TEST, ("a photo of a {}, a type of flower.",), size=128
+        "Flowers102", SPLIT_TRAIN_VAL, SPLIT_TEST, ("a photo of a {}, a type of flower.",),
+        files=tuple(f"flowers-102/{name}" for name in ("102flowers.tgz", "imagelabels.mat", "setid.mat")), size=128,
     ),
     "oxford-pets": Recipe(
-        "OxfordIIITPet", ({"split": "trainval"},), SPLIT_TEST, ("a photo of a {}, a type of pet.",), size=128
+        "OxfordIIITPet", ({"split": "trainval"},), SPLIT_TEST, ("a photo of a {}, a type of pet.",),
+        files=("oxford-iiit-pet/images.tar.gz", "oxford-iiit-pet/annotations.tar.gz"), size=128,
     ),
     "caltech101": Recipe(
-        "Caltech101", ({},), (), with_the("a photo of a {}.", "a drawing of a {}."), size=128, class_prior="none"
+        "Caltech101", ({},), (), with_the("a photo of a {}.", "a drawing of a {}."),
+        files=("caltech101/101_ObjectCategories.tar.gz", "caltech101/Annotations.tar"), size=128, class_prior="none",
     ),
 }  # fmt: skip
 
@@ -234,12 +253,13 @@ def open_dataset(dataset, root="data", split="train"):
     source = recipe.source if callable(recipe.source) else getattr(torchvision.datasets, recipe.source)
     try:
         parts = [source(root=root, download=True, **kw) for kw in (split == "test" and recipe.test) or recipe.train]
-    except Exception as error:  # torchvision raises a dozen kinds: all mean that the files are not there, or not whole
-        archives = sorted(p for p in Path(root).rglob("*") if p.suffix in (".zip", ".gz", ".tgz", ".tar", ".mat"))
-        cut_off = f" If a download was cut off, delete {', '.join(map(str, archives))} first." if archives else ""
+    except Exception as error:  # torchvision raises a dozen kinds: all mean that files are missing, or not whole
+        files = [Path(root) / file for file in recipe.files]
+        there = [file for file in files if file.exists()]
+        remedy = "Let it be downloaded, or lay these there from elsewhere"
+        cut_off = f". If its download was cut off, delete {', '.join(map(str, there))}" if there else ""
         raise UserError(
-            f"cannot get {dataset}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}. "
-            f"Without network, lay the files that torchvision.datasets.{recipe.source} reads into {root}.{cut_off}"
+            f"cannot get {dataset}: {first_line(error)}. {remedy}: {', '.join(map(str, files))}{cut_off}"
         ) from error
     own = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None)
     classes = list(recipe.classes or (name.replace("_", " ") for name in own))
@@ -298,7 +318,11 @@ def load_images(dataset="digits", root="data", split="train", size=None, teacher
 # Pseudo-labels: CLIP names every image.
 # ======================================================================================================================
 
-OFFLINE_CLIP = Path(__file__).resolve().parent / "tutorials" / "offline_clip.pt"
+HERE = Path(__file__).resolve().parent
+OFFLINE_CLIP = next(  # beside this file in a checkout; where pip puts data files otherwise
+    (p for p in (HERE / "tutorials/offline_clip.pt", Path(sys.prefix) / "share/tclip/offline_clip.pt") if p.exists()),
+    HERE / "tutorials/offline_clip.pt",
+)
 OPENAI_CLIP = {  # name: SHA-256 of its weights
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
@@ -356,7 +380,10 @@ def load_clip(name="offline", device="cpu"):
 
     @torch.inference_mode()
     def encode_texts(texts):
-        return F.normalize(model.encode_text(tokenize(texts).to(device)).float(), dim=1)
+        tokens = tokenize(texts).to(device)  # (B, 77)
+        if name == "offline" and (model.token_embedding.weight[tokens] == 0).all(2).any():
+            raise UserError(f"the offline CLIP knows digits only, not the words {texts[0]!r}: try --clip ViT-B/32")
+        return F.normalize(model.encode_text(tokens).float(), dim=1)
 
     return Teacher(encode_images, encode_texts, size)
 
@@ -399,10 +426,12 @@ def open_clip_model(name, dtype, device):
     arch, tag = name.split(":", 1)
     known = open_clip.list_pretrained(as_str=True)
     if name not in known and not (arch in open_clip.list_models() and Path(tag).is_file()):
-        raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, known)}")
+        tags = [other for other in known if other.startswith(f"{arch}:")]
+        raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, tags or known)}")
     preset = open_clip.get_pretrained_cfg(arch, tag)
     precision = "fp16" if dtype == torch.float16 else "fp32"
-    try:  # open_clip warns only when weights trained with QuickGELU are run without it: set it
+    logging.disable()  # a missing network is told once, below, not a dozen times
+    try:  # open_clip only warns when weights trained with QuickGELU are run without it: set it
         quick_gelu = preset.get("quick_gelu", False)
         model = open_clip.create_model(arch, tag, precision=precision, device=device, force_quick_gelu=quick_gelu)
     except Exception as error:
@@ -411,6 +440,8 @@ def open_clip_model(name, dtype, device):
             f"cannot load {name}: {first_line(error)}. Without network, copy the weights of {source} from elsewhere "
             f"and name the file: --clip {arch}:FILE"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     return model, open_clip.get_tokenizer(arch)
 
 
@@ -479,53 +510,75 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.2, positives="i
 # ======================================================================================================================
 
 
+def neighbour_mean(embeddings, values, k, pool=50_000):
+    """Mean of `values` over the k nearest images: (N, C) -> (N, C).
+
+    embeddings: (N, D) unit rows. An image is among its own neighbours. Beyond `pool` images the neighbours are sought
+    in so many random ones, which keeps the cost per image flat as N grows.
+    """
+    members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
+    bank, k = embeddings[members].T, min(k, len(members))
+    nearest = torch.cat([(rows @ bank).topk(k).indices for rows in embeddings.split(1024)])  # (N, k)
+    return torch.stack([values[members[column]] for column in nearest.T]).mean(0)
+
+
 def balance(probs, iterations=20):
-    """The nearest soft labels in which every class is equally frequent: float32 (N, C) -> (N, C), rows on the simplex.
+    """The nearest soft labels in which every class is equally frequent: (N, C) -> float32 (N, C), rows on the simplex.
 
     A teacher that hardly ever says "seven" means seven more often than it says so. Columns are scaled to N / C and
-    rows to 1 in turn, which is Sinkhorn and Knopp's optimal transport from images to equally large classes; as in
+    rows to 1 in turn: Sinkhorn and Knopp's optimal transport from images to equally large classes, as in
     self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020). It reads no truth, but it assumes that the classes
     are about equally frequent: where they are not, leave it out.
     """
-    q = probs.double().clamp_min(1e-12)  # no zero may stay zero for ever
+    q = probs.float().clamp_min(1e-12)  # zero would stay zero for ever
     for _ in range(iterations):
-        q = q / q.mean(0)  # up to a constant, that each row loses next
+        q = q / q.mean(0)  # columns to one size; the next line makes it N / C
         q = q / q.sum(1, keepdim=True)
-    return q.float()
+    return q
 
 
 class EnsembleLabels:
     """Pseudo-labels that follow the student: once an epoch, T <- m T + (1 - m) q.
 
-    q is the student's mean prediction over the views that it saw of an image in that epoch: no extra forward pass.
-    T starts from `probs` (N, C), the teacher's predictions. With `balanced`, both go through balance() first.
-    `table` is T, float32 (N, C), each row on the simplex. momentum: m in [0, 1]. Our reading of arXiv 2206.06177, kin
-    to temporal ensembling (Laine and Aila 2017); the balancing is our addition.
+    q is the student's mean prediction over the views that it saw of an image in that epoch (no extra forward pass),
+    then averaged over the image's nearest neighbours in the student's embedding, then balanced over the classes.
+    The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). Neighbours
+    and balance are our additions: a wrong label has right neighbours, and a whole group that is named wrongly shows
+    in the size of its class.
+
+    probs: (N, C), the teacher's predictions, which T starts from. momentum: m, in [0, 1]. neighbours: 0 for none.
+    `table` is T, float32 (N, C), each row on the simplex.
     """
 
-    def __init__(self, probs, momentum=0.9, balanced=True):
-        self.momentum = momentum
-        self.read = balance if balanced else torch.clone
-        self.table = self.read(probs.float())
-        self.sum = torch.zeros_like(self.table)  # of the predictions recorded in this epoch
-        self.count = self.table.new_zeros(len(probs), 1)
+    def __init__(self, probs, momentum=0.9, neighbours=50, balanced=True):
+        self.momentum, self.neighbours, self.balanced = momentum, neighbours, balanced
+        self.table = balance(probs) if balanced else probs.float().clone()
+        self.predictions = torch.zeros_like(self.table)  # sums over this epoch's views
+        self.embeddings = None
 
     def targets(self, index):
         """Present labels (B, C) of the images `index`, int64 (B,)."""
         return self.table[index]
 
-    def record(self, index, probs):
-        """Add the student's predictions (B, C) for the images `index`, int64 (B,), in which one may stand twice."""
-        self.sum.index_add_(0, index, probs.detach().float())
-        self.count.index_add_(0, index, self.count.new_ones(len(index), 1))
+    def record(self, index, probs, embeddings):
+        """Add predictions (B, C) and unit embeddings (B, D) for one view of each of the images `index`, int64 (B,)."""
+        if self.embeddings is None:
+            self.embeddings = self.table.new_zeros(len(self.table), embeddings.shape[1])
+        self.predictions.index_add_(0, index, probs.detach().float())
+        self.embeddings.index_add_(0, index, embeddings.detach().float())
 
     def end_epoch(self, update=True):
-        """Mix what was recorded into T, or (update=False, in the warm-up) drop it."""
+        """Mix what was recorded into T or (update=False, in the warm-up) drop it. An image not seen counts as its T."""
         if update:
-            q = self.read(torch.where(self.count > 0, self.sum / self.count.clamp_min(1), self.table))
+            views = self.predictions.sum(1, keepdim=True)  # of each image: predictions sum to 1
+            q = torch.where(views > 0, self.predictions / views, self.table)
+            if self.neighbours:
+                q = neighbour_mean(F.normalize(self.embeddings, dim=1), q, self.neighbours)
+            if self.balanced:
+                q = balance(q)
             self.table = self.momentum * self.table + (1 - self.momentum) * q
-        self.sum.zero_()
-        self.count.zero_()
+        self.predictions.zero_()
+        self.embeddings = None
 
 
 # ======================================================================================================================
@@ -668,7 +721,8 @@ def train(config, images, probs, out=None, on_epoch=None):
     torch.manual_seed(config.seed)
     student = Student(config.arch, len(images.classes), config.size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
-    labels = EnsembleLabels(probs.to(device), config.label_momentum, config.class_prior == "uniform")
+    balanced = config.class_prior == "uniform"
+    labels = EnsembleLabels(probs.to(device), config.label_momentum, config.label_neighbours, balanced)
     pixels, first_labels = images.pixels.to(device), probs.argmax(1).to(device)
     model = torch.compile(student) if config.compile else student
     history = []
@@ -727,7 +781,7 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
         optimizer.zero_grad()
         (cross_entropy + config.c3l_weight * c3l).backward()
         optimizer.step()
-        labels.record(index.repeat(2), logits.float().softmax(1))
+        labels.record(index.repeat(2), logits.float().softmax(1), z)
         losses += torch.stack([cross_entropy, c3l]).detach() / steps
         bar.update()
     return losses.tolist()
