@@ -76,7 +76,7 @@ class Config:
     class_prior: str = setting(None, "uniform: classes are about equally frequent; none: not", ("uniform", "none"))
     label_neighbours: int = setting(50, "images whose predictions make an ensemble label; 0: only its own", low=0)
     label_warmup: int = setting(2, "epochs before the ensemble labels start to move", low=0)
-    seed: int = setting(0, "makes a CPU run repeat to the bit", low=0)
+    seed: int = setting(0, "makes a CPU run repeat to the bit", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
     out: str = setting(None, "folder of the results [runs/DATASET, or the next free runs/DATASET-2, ...]")
@@ -236,7 +236,7 @@ DATASETS = {
     ),
     "caltech101": Recipe(
         "Caltech101", ({},), (), with_the("a photo of a {}.", "a drawing of a {}."),
-        files=("caltech101/101_ObjectCategories.tar.gz", "caltech101/Annotations.tar"), size=128, class_prior="none",
+        files=("caltech101/101_ObjectCategories",), size=128, class_prior="none",
     ),
 }  # fmt: skip
 
@@ -249,6 +249,8 @@ def open_dataset(dataset, root="data", split="train"):
     """
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}; there is: {nearest(dataset, DATASETS)}")
+    if split not in ("train", "test"):
+        raise UserError(f"unknown split {split!r}; there is: train, test")
     recipe = DATASETS[dataset]
     source = recipe.source if callable(recipe.source) else getattr(torchvision.datasets, recipe.source)
     try:
@@ -263,6 +265,8 @@ def open_dataset(dataset, root="data", split="train"):
         ) from error
     own = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None)
     classes = list(recipe.classes or (name.replace("_", " ") for name in own))
+    if own and len(own) != len(classes):
+        raise UserError(f"{dataset} in {root} has {len(own)} classes, not {len(classes)}: its unpacking was cut off")
     if not recipe.test:  # no official split: hold out a fixed fifth
         from sklearn.model_selection import train_test_split
 
@@ -402,7 +406,7 @@ def openai_clip_model(name, device):
         build = clip.model.build_model if clip else open_clip.model.build_model_from_openai_state_dict
         try:
             return build(read_tensors(OFFLINE_CLIP if name == "offline" else name)), tokenize
-        except (AttributeError, KeyError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(f"{name} is not a state_dict of OpenAI's CLIP: {first_line(error)}") from error
     if name not in OPENAI_CLIP:
         raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, [*OPENAI_CLIP, 'offline'])}, arch:tag, FILE")
@@ -433,16 +437,17 @@ def open_clip_model(name, dtype, device):
     logging.disable()  # a missing network is told once, below, not a dozen times
     try:  # open_clip only warns when weights trained with QuickGELU are run without it: set it
         quick_gelu = preset.get("quick_gelu", False)
+        tokenize = open_clip.get_tokenizer(arch)
         model = open_clip.create_model(arch, tag, precision=precision, device=device, force_quick_gelu=quick_gelu)
     except Exception as error:
         source = preset.get("hf_hub") or preset.get("url")
         raise UserError(
             f"cannot load {name}: {first_line(error)}. Without network, copy the weights of {source} from elsewhere "
-            f"and name the file: --clip {arch}:FILE"
+            f"and name the file: --clip {arch.removesuffix('-quickgelu')}{'-quickgelu' if quick_gelu else ''}:FILE"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
-    return model, open_clip.get_tokenizer(arch)
+    return model, tokenize
 
 
 def text_classifier(teacher, classes, templates):
@@ -492,15 +497,14 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.2, positives="i
     with torch.autocast(z.device.type, enabled=False):  # exp(s) needs float32
         s = (z.float() @ z.float().T / temperature).masked_fill(own, -torch.inf)
         agreement = (targets.float() @ targets.float().T).clamp(0, 1).repeat(2, 2)
-    w = torch.zeros_like(s) if positives == "instance" else agreement
+    w = {"instance": torch.zeros_like(s), "class": agreement}[positives]
     v = {"all": torch.ones_like(s), "other": 1 - agreement, "same": agreement}[negatives]
     w = w.masked_fill(own, 0).masked_fill(other_view, 1)
     v = v.masked_fill(other_view, 1)
 
-    tiny = torch.finfo(torch.float32).tiny  # log(0), without its infinite gradient
-    denominator = (s + v.clamp_min(tiny).log()).logsumexp(1, keepdim=True)  # (2B, 1)
+    denominator = (s + v.log()).logsumexp(1, keepdim=True)  # (2B, 1)
     if positives == "class":  # raise v_ij to 1 in the term of j itself
-        denominator = torch.logaddexp(denominator, s + (1 - v).clamp_min(tiny).log())  # (2B, 2B)
+        denominator = torch.logaddexp(denominator, s + (1 - v).log())  # (2B, 2B)
     ratios = (s - denominator).masked_fill(own, 0)  # log-ratios; the diagonal is no term
     return -((w * ratios).sum(1) / w.sum(1)).mean()
 
@@ -729,9 +733,12 @@ def train(config, images, probs, out=None, on_epoch=None):
     checkpoint = out and out / "checkpoint.pt"
     if checkpoint and checkpoint.exists():
         state = read_tensors(checkpoint)
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        labels.table, history = state["labels"].to(device), state["history"]
+        try:
+            student.load_state_dict(state["student"])
+            optimizer.load_state_dict(state["optimizer"])
+            labels.table, history = state["labels"].to(device), state["history"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{checkpoint} is of another run: {first_line(error)}") from error
 
     steps = math.ceil(len(pixels) / config.batch_size)  # an epoch
     bar = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="student", unit="step", disable=None)
@@ -936,7 +943,8 @@ def parse(argv):
     if len(argv) > 2 - ("=" in argv[0]):
         raise UserError(f"--resume takes every setting from {resume}/config.json: give no others")
     try:
-        return Config(**json.loads((Path(resume) / "config.json").read_text())), True
+        values = json.loads((Path(resume) / "config.json").read_text())
+        return Config(**values | dict(out=resume)), True  # wherever the folder lies by now
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot resume {resume}: {first_line(error)}") from error
 
@@ -969,7 +977,10 @@ def run(config, resume=False):
     del teacher  # its memory
 
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out}: {first_line(error)}") from error
     if not resume:
         write_json(out / "config.json", asdict(config))
     student, labels = train(config, images, probs, out)
@@ -1020,8 +1031,11 @@ def write_results(out, config, images, probs, student, table, summary):
 def load_student(path):
     """(student, class names) from a run's model.pt. UserError: it cannot be read."""
     model = read_tensors(path)
-    student = Student(model["arch"], len(model["classes"]), model["size"])
-    student.load_state_dict(model["student"])
+    try:
+        student = Student(model["arch"], len(model["classes"]), model["size"])
+        student.load_state_dict(model["student"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is not the model.pt of a run: {first_line(error)}") from error
     return student.eval(), model["classes"]
 
 
