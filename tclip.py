@@ -14,8 +14,9 @@ Method: Huang, Chen, Yang, Xie, Pu, Zhuang, "Transductive CLIP with Class-Condit
 ICASSP 2022, arXiv 2206.06177. The equations, weights and schedule are our reading of it: see README.md.
 
 Sections: settings / images / pseudo-labels / class-conditional contrastive loss / ensemble labels / augmentation /
-student / training / evaluation and report / command line. The method is in sections three to five: each function
-there needs torch and nothing else of this file, to be copied out alone.
+student / training / evaluation and report / command line. The method itself (text_classifier, zero_shot_probs,
+class_conditional_contrastive_loss, EnsembleLabels and the two functions before it) needs torch and nothing else of
+this file: copy it out alone.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,17 +66,18 @@ class Config:
     size: int = setting(None, "side of the student's images, in pixels", low=8, high=1024)
     arch: str = setting(None, "student: resnet8, or any resnet of torchvision")
     views: str = setting(None, "augmentation", choices=("photo", "overhead", "street", "writing"))
-    epochs: int = setting(60, "passes over the images", low=1)
+    epochs: int = setting(40, "passes over the images", low=1)
     batch_size: int = setting(256, "images a step, each seen in two views", low=2)
     lr: float = setting(0.1, "peak learning rate for a batch of 256, scaled linearly with it", low=0.0)
     weight_decay: float = setting(5e-4, "L2 penalty", low=0.0)
-    temperature: float = setting(0.2, "of the contrastive loss", low=1e-3)
+    temperature: float = setting(0.5, "of the contrastive loss", low=1e-3)
     c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", low=0.0)
     positives: str = setting("instance", "what the contrastive loss pulls together", choices=("instance", "class"))
     negatives: str = setting("other", "what it pushes apart", choices=("all", "other", "same"))
     label_momentum: float = setting(0.9, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
     class_prior: str = setting(None, "uniform: classes are about equally frequent; none: not", ("uniform", "none"))
-    label_neighbours: int = setting(50, "images whose predictions make an ensemble label; 0: only its own", low=0)
+    label_neighbours: int = setting(20, "images whose predictions make an ensemble label; 0: only its own", low=0)
+    label_sharpness: float = setting(2.0, "power of the predictions before they are mixed in; 1: as they are", low=0.1)
     label_warmup: int = setting(2, "epochs before the ensemble labels start to move", low=0)
     seed: int = setting(0, "makes a CPU run repeat to the bit", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
@@ -112,9 +115,9 @@ class Images:
     """Unlabeled images at the student's size, as one tensor.
 
     pixels   uint8 (N, 3, H, W), on any device
-    names    N strings, the index in the original data set
+    names    N strings, the position in the original data set
     classes  C class names
-    truth    int64 (N,), -1 where unknown, or None. Read by evaluate() alone, never by train().
+    truth    int64 (N,), -1 where unknown, or None. Read by score() and evaluate() alone, never by train()
     features float (N, D), the teacher's unit image features, or None where no teacher was given
     """
 
@@ -168,7 +171,8 @@ def with_the(*templates):
     return templates + tuple(re.sub(r"\ba (\w+ )?\{\}", r"the \1{}", t) for t in templates)
 
 
-# Class names and templates are those of openai/CLIP, data/prompts.md, where it has the data set.
+# Class names and templates are those of openai/CLIP, data/prompts.md, where it has the data set; but caltech101's, of
+# which only a few templates are taken, and torchvision's own names.
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUMERALS = tuple("0123456789")
 NUMBER_PROMPT = ('a photo of the number: "{}".',)
@@ -276,24 +280,28 @@ def open_dataset(dataset, root="data", split="train"):
     return torch.utils.data.ConcatDataset(parts), classes
 
 
-def square(image, size):
-    """PIL image -> uint8 (3, size, size): short side to `size` by bicubic, then the centre, as CLIP's preprocess."""
-    image = TF.resize(image.convert("RGB"), size, TF.InterpolationMode.BICUBIC)
+def square(image, size, by="bicubic", fit="shortest"):
+    """PIL image -> uint8 (3, size, size): its short side to `size`, then the centre, as OpenAI's preprocess does.
+
+    by: "bicubic" or "bilinear". fit: "shortest", or "squash" for both sides to `size`.
+    """
+    side = (size, size) if fit == "squash" else size
+    image = TF.resize(image.convert("RGB"), side, TF.InterpolationMode(by))
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
 
 class Squares(torch.utils.data.Dataset):
-    """Item i of a data set of (PIL image, label) as uint8 tensors, one for each of `sizes`, and its label."""
+    """Item i of a data set of (PIL image, label) as uint8 tensors, one for each function in `prepare`, and label."""
 
-    def __init__(self, dataset, sizes):
-        self.dataset, self.sizes = dataset, sizes
+    def __init__(self, dataset, prepare):
+        self.dataset, self.prepare = dataset, prepare
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, i):
         image, label = self.dataset[i]
-        return [square(image, size) for size in self.sizes], label
+        return [prepare(image) for prepare in self.prepare], label
 
 
 def load_images(dataset="digits", root="data", split="train", size=None, teacher=None):
@@ -303,9 +311,9 @@ def load_images(dataset="digits", root="data", split="train", size=None, teacher
     """
     source, classes = open_dataset(dataset, root, split)
     size = size or DATASETS[dataset].size
-    sizes = [size] if teacher is None else [size, teacher.size]
+    prepare = [partial(square, size=size)] + ([teacher.prepare] if teacher else [])
     workers = min(os.cpu_count(), 16) if len(source) > 5000 else 0  # workers take seconds to start
-    loader = torch.utils.data.DataLoader(Squares(source, sizes), batch_size=256, num_workers=workers)
+    loader = torch.utils.data.DataLoader(Squares(source, prepare), batch_size=256, num_workers=workers)
     pixels = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
     truth, features, end = [], [], 0
     for (small, *clip_view), labels in tqdm(loader, f"{dataset}, {split}", unit="batch", disable=None):
@@ -344,14 +352,14 @@ OPENAI_CLIP = {  # name: SHA-256 of its weights
 class Teacher:
     """A CLIP model, whichever package it comes from.
 
-    encode_images   uint8 (B, 3, size, size) -> float32 unit rows (B, D)
+    prepare         PIL image -> uint8 (3, S, S), resized as the model was trained
+    encode_images   uint8 (B, 3, S, S) -> float32 unit rows (B, D)
     encode_texts    list of B strings -> float32 unit rows (B, D)
-    size            side of its square input, in pixels
     """
 
+    prepare: Callable
     encode_images: Callable
     encode_texts: Callable
-    size: int
 
 
 def load_clip(name="offline", device="cpu"):
@@ -371,11 +379,13 @@ def load_clip(name="offline", device="cpu"):
     model = model.to(device).eval()
     if dtype == torch.float32:
         model.float()  # OpenAI's weights are stored in half precision
-    visual = model.visual  # the two packages keep the input's size and normalisation in places of their own
-    size = visual.input_resolution if hasattr(visual, "input_resolution") else visual.image_size
+    visual = model.visual
+    preset = getattr(visual, "preprocess_cfg", {})  # open_clip keeps it with the model; OpenAI's is always the same
+    size = preset.get("size") or getattr(visual, "input_resolution", None) or visual.image_size
     size = size if isinstance(size, int) else size[0]
-    mean = getattr(visual, "image_mean", None) or (0.48145466, 0.4578275, 0.40821073)
-    std = getattr(visual, "image_std", None) or (0.26862954, 0.26130258, 0.27577711)
+    mean = preset.get("mean", (0.48145466, 0.4578275, 0.40821073))
+    std = preset.get("std", (0.26862954, 0.26130258, 0.27577711))
+    by, fit = preset.get("interpolation", "bicubic"), preset.get("resize_mode", "shortest")
 
     @torch.inference_mode()
     def encode_images(pixels):
@@ -389,7 +399,7 @@ def load_clip(name="offline", device="cpu"):
             raise UserError(f"the offline CLIP knows digits only, not the words {texts[0]!r}: try --clip ViT-B/32")
         return F.normalize(model.encode_text(tokens).float(), dim=1)
 
-    return Teacher(encode_images, encode_texts, size)
+    return Teacher(partial(square, size=size, by=by, fit=fit), encode_images, encode_texts)
 
 
 def openai_clip_model(name, device):
@@ -397,7 +407,7 @@ def openai_clip_model(name, device):
     try:
         import clip
 
-        tokenize = clip.tokenize  # PyPI's "clip" is another program, without it
+        tokenize = partial(clip.tokenize, truncate=True)  # PyPI's "clip" is another program, without it
     except (ImportError, AttributeError):
         import open_clip
 
@@ -434,6 +444,7 @@ def open_clip_model(name, dtype, device):
         raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, tags or known)}")
     preset = open_clip.get_pretrained_cfg(arch, tag)
     precision = "fp16" if dtype == torch.float16 else "fp32"
+    level = logging.root.manager.disable
     logging.disable()  # a missing network is told once, below, not a dozen times
     try:  # open_clip only warns when weights trained with QuickGELU are run without it: set it
         quick_gelu = preset.get("quick_gelu", False)
@@ -446,7 +457,7 @@ def open_clip_model(name, dtype, device):
             f"and name the file: --clip {arch.removesuffix('-quickgelu')}{'-quickgelu' if quick_gelu else ''}:FILE"
         ) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(level)
     return model, tokenize
 
 
@@ -474,7 +485,7 @@ def zero_shot_probs(image_features, text_features, temperature=0.01):
 # ======================================================================================================================
 
 
-def class_conditional_contrastive_loss(z, targets, temperature=0.2, positives="instance", negatives="other"):
+def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="instance", negatives="other"):
     """Instance discrimination and class discrimination in one loss.
 
         L_i = - sum_j w_ij / (sum_j w_ij) * log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
@@ -515,24 +526,27 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.2, positives="i
 
 
 def neighbour_mean(embeddings, values, k, pool=50_000):
-    """Mean of `values` over the k nearest images: (N, C) -> (N, C).
+    """Mean of `values` over the k nearest images by cosine: (N, C) -> (N, C).
 
-    embeddings: (N, D) unit rows. An image is among its own neighbours. Beyond `pool` images the neighbours are sought
-    in so many random ones, which keeps the cost per image flat as N grows.
+    embeddings: (N, D) unit rows. Up to `pool` images, an image is among its own neighbours; beyond, the neighbours are
+    sought among so many random images, which keeps the cost per image flat as N grows.
     """
     members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
     bank, k = embeddings[members].T, min(k, len(members))
-    nearest = torch.cat([(rows @ bank).topk(k).indices for rows in embeddings.split(1024)])  # (N, k)
-    return torch.stack([values[members[column]] for column in nearest.T]).mean(0)
+    nearby = members[torch.cat([(rows @ bank).topk(k).indices for rows in embeddings.split(1024)])]  # (N, k)
+    total = torch.zeros_like(values)
+    for column in nearby.T:  # not values[nearby].mean(1), whose (N, k, C) numbers would be gigabytes
+        total += values[column]
+    return total / k
 
 
 def balance(probs, iterations=20):
-    """The nearest soft labels in which every class is equally frequent: (N, C) -> float32 (N, C), rows on the simplex.
+    """The nearest soft labels in which the classes are (nearly) equally frequent: (N, C) -> float32 (N, C).
 
     A teacher that hardly ever says "seven" means seven more often than it says so. Columns are scaled to N / C and
     rows to 1 in turn: Sinkhorn and Knopp's optimal transport from images to equally large classes, as in
-    self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020). It reads no truth, but it assumes that the classes
-    are about equally frequent: where they are not, leave it out.
+    self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020); rows end on the simplex. It reads no truth, but it
+    assumes that the classes are about equally frequent: where they are not, leave it out.
     """
     q = probs.float().clamp_min(1e-12)  # zero would stay zero for ever
     for _ in range(iterations):
@@ -545,17 +559,18 @@ class EnsembleLabels:
     """Pseudo-labels that follow the student: once an epoch, T <- m T + (1 - m) q.
 
     q is the student's mean prediction over the views that it saw of an image in that epoch (no extra forward pass),
-    then averaged over the image's nearest neighbours in the student's embedding, then balanced over the classes.
-    The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). Neighbours
-    and balance are our additions: a wrong label has right neighbours, and a whole group that is named wrongly shows
-    in the size of its class.
+    averaged over the image's nearest neighbours in the student's embedding, sharpened, and balanced over the classes.
+    The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). The rest is
+    our addition: a wrong label has right neighbours; a whole group that is named wrongly shows in the size of its
+    class; and averages, averaged again each epoch, would fade to grey without the sharpening (MixMatch, Berthelot et
+    al. 2019).
 
-    probs: (N, C), the teacher's predictions, which T starts from. momentum: m, in [0, 1]. neighbours: 0 for none.
-    `table` is T, float32 (N, C), each row on the simplex.
+    probs: (N, C), the teacher's predictions, which T starts from. momentum: m, in [0, 1]. neighbours: how many, 0 for
+    none. sharpness: q is raised to this power. `table` is T, float32 (N, C), each row on the simplex.
     """
 
-    def __init__(self, probs, momentum=0.9, neighbours=50, balanced=True):
-        self.momentum, self.neighbours, self.balanced = momentum, neighbours, balanced
+    def __init__(self, probs, momentum=0.9, neighbours=20, sharpness=2.0, balanced=True):
+        self.momentum, self.neighbours, self.sharpness, self.balanced = momentum, neighbours, sharpness, balanced
         self.table = balance(probs) if balanced else probs.float().clone()
         self.predictions = torch.zeros_like(self.table)  # sums over this epoch's views
         self.embeddings = None
@@ -572,15 +587,16 @@ class EnsembleLabels:
         self.embeddings.index_add_(0, index, embeddings.detach().float())
 
     def end_epoch(self, update=True):
-        """Mix what was recorded into T or (update=False, in the warm-up) drop it. An image not seen counts as its T."""
-        if update:
-            views = self.predictions.sum(1, keepdim=True)  # of each image: predictions sum to 1
-            q = torch.where(views > 0, self.predictions / views, self.table)
+        """Mix what was recorded into T or (update=False, in the warm-up) drop it. Images not seen keep their label."""
+        views = self.predictions.sum(1)  # how many of each image: predictions sum to 1
+        seen = views > 0
+        if update and seen.any():
+            q = self.predictions[seen] / views[seen, None]
             if self.neighbours:
-                q = neighbour_mean(F.normalize(self.embeddings, dim=1), q, self.neighbours)
-            if self.balanced:
-                q = balance(q)
-            self.table = self.momentum * self.table + (1 - self.momentum) * q
+                q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
+            q = q**self.sharpness
+            q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
+            self.table[seen] = self.momentum * self.table[seen] + (1 - self.momentum) * q
         self.predictions.zero_()
         self.embeddings = None
 
@@ -693,7 +709,7 @@ class Student(nn.Module):
 
     def forward(self, x):
         h = self.backbone((x - 0.5) / 0.25)  # (B, width)
-        return self.classifier(h), F.normalize(self.projector(h), dim=1)
+        return self.classifier(h), F.normalize(self.projector(h).float(), dim=1)
 
 
 def resnet8():
@@ -726,14 +742,19 @@ def train(config, images, probs, out=None, on_epoch=None):
     student = Student(config.arch, len(images.classes), config.size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
     balanced = config.class_prior == "uniform"
-    labels = EnsembleLabels(probs.to(device), config.label_momentum, config.label_neighbours, balanced)
+    labels = EnsembleLabels(
+        probs.to(device), config.label_momentum, config.label_neighbours, config.label_sharpness, balanced
+    )
     pixels, first_labels = images.pixels.to(device), probs.argmax(1).to(device)
     model = torch.compile(student) if config.compile else student
     history = []
+    settings = asdict(replace(config, out=None, device="auto"))
     checkpoint = out and out / "checkpoint.pt"
     if checkpoint and checkpoint.exists():
         state = read_tensors(checkpoint)
         try:
+            if state["settings"] != settings:
+                raise ValueError("its settings are others")
             student.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
             labels.table, history = state["labels"].to(device), state["history"]
@@ -764,7 +785,7 @@ def train(config, images, probs, out=None, on_epoch=None):
         history.append(row)
         if out:
             state = dict(student=student.state_dict(), optimizer=optimizer.state_dict(), labels=labels.table)
-            save_tensors(checkpoint, state | dict(history=history))
+            save_tensors(checkpoint, state | dict(history=history, settings=settings))
             write_csv(out / "metrics.csv", history)
     bar.close()
     return student, labels
@@ -777,7 +798,7 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
     losses = torch.zeros(2, device=device)
     for step, index in enumerate(torch.randperm(len(pixels), device=device).tensor_split(steps)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, (epoch + (step + 1) / steps) / config.epochs)
+            group["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
         batch = pixels[index]  # uint8 (B, 3, H, W)
         views = torch.cat([augment(batch, **VIEWS[config.views]), augment(batch, **VIEWS[config.views])])
         targets = labels.targets(index)  # (B, C)
@@ -811,12 +832,14 @@ def pick_device(name):
 
 
 def has_fast_bfloat16(device):
-    """Whether autocast to bfloat16 pays: on CUDA, and on CPUs that have such instructions (others emulate them)."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    """Whether autocast to bfloat16 pays: where the hardware has it; elsewhere it is emulated, and slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 # ======================================================================================================================
-# Evaluation and report: the only place where truth is read.
+# Evaluation and report. Truth is read by score() and evaluate() alone.
 # ======================================================================================================================
 
 
@@ -858,7 +881,7 @@ def draw_noise(path, classes, teacher, student):
     side = min(4 + 0.18 * len(classes), 20)
     figure = Figure((2 * side + 1, side), layout="constrained")
     for ax, (name, result) in zip(figure.subplots(1, 2, sharey=True), [("CLIP", teacher), ("student", student)]):
-        shares = result["confusion"] / result["confusion"].sum(1, keepdim=True).clamp(min=1)
+        shares = (result["confusion"] / result["confusion"].sum(1, keepdim=True).clamp(min=1)).numpy()
         drawn = ax.imshow(shares, cmap="viridis", vmin=0, vmax=1)
         ax.set_title(f"{name}: {result['accuracy']:.1%} right")
         ax.set_xlabel("predicted")
@@ -866,7 +889,7 @@ def draw_noise(path, classes, teacher, student):
             ax.set_xticks(range(len(classes)), classes, rotation=90)
             ax.set_yticks(range(len(classes)), classes)
         if len(classes) <= 12:
-            for t, p in (shares >= 0.005).nonzero().tolist():
+            for t, p in zip(*(shares >= 0.005).nonzero()):
                 ax.text(p, t, f"{100 * shares[t, p]:.0f}", ha="center", va="center", size=8,
                         color="black" if shares[t, p] > 0.5 else "white")  # fmt: skip
     figure.axes[0].set_ylabel("true class")
@@ -884,7 +907,11 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen kinds, by what is wrong with it
-        raise UserError(f"cannot read {path} (cut off, or not a file of tensors): {first_line(error)}") from error
+        script = "TorchScript" in str(error)
+        reason = (
+            "it is TorchScript; if OpenAI's, lay it into ~/.cache/clip and name the model" if script else "cut off?"
+        )
+        raise UserError(f"cannot read {path} as a file of tensors: {reason}") from error
 
 
 def first_line(error):
@@ -1003,7 +1030,8 @@ def run(config, resume=False):
         per_class_student=dict(zip(images.classes, by_student["per_class"])),
     )
     write_results(out, config, images, probs, student, labels.table.cpu(), summary)
-    write_whole(out / "noise.png", lambda path: draw_noise(path, images.classes, by_teacher, by_student))
+    if by_teacher["accuracy"] is not None:
+        write_whole(out / "noise.png", lambda path: draw_noise(path, images.classes, by_teacher, by_student))
     return summary
 
 

@@ -6,6 +6,7 @@ import random
 import re
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_digits():
 
 def test_features_belong_to_their_images():
     """The teacher sees every image at its own size, in the order of the pixels."""
-    teacher = tclip.Teacher(lambda x: x.float().flatten(1)[:, :5], None, 12)
+    teacher = tclip.Teacher(partial(tclip.square, size=12), lambda x: x.float().flatten(1)[:, :5], None)
     images = load_images("digits", split="test", size=8, teacher=teacher)
     digits = load_digits().images
     for i in (0, 100, 359):

@@ -43,7 +43,7 @@ def test_real_features(model, reference):
         return F.normalize(torch.tensor(np.stack([rows[p, int(c)] for p, c in keys])).float(), dim=1)
 
     templates = [prompt + "|{}" for prompt in data["prompts"]]
-    weights = text_classifier(Teacher(None, encode_texts, 224), [str(c) for c in range(19)], templates)
+    weights = text_classifier(Teacher(None, None, encode_texts), [str(c) for c in range(19)], templates)
     np.testing.assert_allclose(weights, unit(unit(texts).mean(0)), atol=1e-6)
 
     probs = zero_shot_probs(F.normalize(torch.tensor(images).float(), dim=1), weights)
@@ -70,7 +70,7 @@ def test_class_names_with_braces():
         asked.extend(captions)
         return torch.eye(2)[: len(captions)]
 
-    weights = text_classifier(Teacher(None, encode_texts, 32), ["a {b}", "{0}", "}{", "100 %s"], ["<{}>", "{x} {}"])
+    weights = text_classifier(Teacher(None, None, encode_texts), ["a {b}", "{0}", "}{", "100 %s"], ["<{}>", "{x} {}"])
     assert asked == ["<a {b}>", "{x} a {b}", "<{0}>", "{x} {0}", "<}{>", "{x} }{", "<100 %s>", "{x} 100 %s"]
     torch.testing.assert_close(weights, torch.full((4, 2), 0.5**0.5))
 
@@ -121,8 +121,7 @@ def test_offline_teacher(clip_package):
         model = open_clip.model.build_model_from_openai_state_dict(state, cast_dtype=torch.float32).float().eval()
         tokenize = open_clip.tokenize
     teacher = load_clip("offline")
-    assert teacher.size == 32
-    pixels = torch.stack([square(image, teacher.size) for image in photos()])
+    pixels = torch.stack([teacher.prepare(image) for image in photos()])
     texts = ["a photo of the digit seven.", "the handwritten digit two."]
     with torch.no_grad():
         images = model.encode_image(torch.stack([package_transform(clip_package, 32)(image) for image in photos()]))
@@ -153,7 +152,7 @@ def test_packages_agree(monkeypatch):
 def test_other_program_named_clip(monkeypatch):
     """PyPI's "clip" is another program: open_clip takes over."""
     monkeypatch.setitem(sys.modules, "clip", types.ModuleType("clip"))
-    assert load_clip("offline").size == 32
+    assert load_clip("offline").prepare(photos()[0]).shape == (3, 32, 32)
 
 
 def test_state_dict_file(clip_package, tmp_path):
@@ -220,8 +219,11 @@ def test_normalisation_of_the_model(monkeypatch):
     pytest.importorskip("open_clip")
     fed = []
 
+    import open_clip
+
     class Visual:
-        image_size, image_mean, image_std = (16, 16), (0.5, 0.25, 0.5), (0.5, 0.5, 0.25)
+        mean, std = (0.5, 0.25, 0.5), (0.5, 0.5, 0.25)
+        preprocess_cfg = dict(size=(16, 16), mean=mean, std=std, interpolation="bilinear", resize_mode="squash")
 
     class Model(torch.nn.Module):
         visual = Visual()
@@ -232,10 +234,9 @@ def test_normalisation_of_the_model(monkeypatch):
 
     monkeypatch.setattr("open_clip.create_model", lambda *_, **__: Model())
     teacher = load_clip("ViT-B-32:laion2b_s34b_b79k")
-    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    teacher.encode_images(pixels)
-    assert teacher.size == 16
-    expected = (pixels / 255 - torch.tensor(Visual.image_mean).view(3, 1, 1)) / torch.tensor([0.5, 0.5, 0.25]).view(
-        3, 1, 1
+    wide = photos()[0].crop((0, 0, 90, 50))
+    theirs = open_clip.image_transform(
+        16, False, Visual.mean, Visual.std, resize_mode="squash", interpolation="bilinear"
     )
-    torch.testing.assert_close(fed[0], expected)
+    teacher.encode_images(teacher.prepare(wide)[None])
+    torch.testing.assert_close(fed[0][0], theirs(wide))
