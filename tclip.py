@@ -1,12 +1,12 @@
 """tclip: train a small classifier from unlabeled images and class names alone.
 
 CLIP names every image once: noisy pseudo-labels, wrong for some classes nearly always. A small network is trained
-*from scratch* on them with a class-conditional contrastive loss and ensemble labels, ends up better than its teacher,
-and needs no CLIP any more.
+*from scratch* on them with a class-conditional contrastive loss and ensemble labels, to become better than its teacher
+and to need no CLIP any more.
 
     python tclip.py                                # handwritten digits: offline, about a minute on two CPU cores
     python tclip.py --dataset cifar10              # CIFAR-10 named by OpenAI's CLIP ViT-B/32, for a GPU
-    python tclip.py --dataset eurosat --clip ViT-L-14:datacomp_xl_s13b_b90k          # any model of open_clip
+    python tclip.py --dataset eurosat --clip ViT-L-14:datacomp_xl_s13b_b90k          # any CLIP of open_clip
     python tclip.py --resume runs/digits           # go on where a run was interrupted
     python tclip.py --help                         # all settings
 
@@ -79,7 +79,7 @@ class Config:
     label_neighbours: int = setting(20, "images whose predictions make an ensemble label; 0: only its own", low=0)
     label_sharpness: float = setting(2.0, "power of the predictions before they are mixed in; 1: as they are", low=0.1)
     label_warmup: int = setting(2, "epochs before the ensemble labels start to move", low=0)
-    seed: int = setting(0, "makes a CPU run repeat to the bit", low=0, high=2**32 - 1)
+    seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
     out: str = setting(None, "folder of the results [runs/DATASET, or the next free runs/DATASET-2, ...]")
@@ -171,8 +171,8 @@ def with_the(*templates):
     return templates + tuple(re.sub(r"\ba (\w+ )?\{\}", r"the \1{}", t) for t in templates)
 
 
-# Class names and templates are those of openai/CLIP, data/prompts.md, where it has the data set; but caltech101's, of
-# which only a few templates are taken, and torchvision's own names.
+# Class names and templates are those of openai/CLIP, data/prompts.md, where it has the data set. Names not listed here
+# are torchvision's own, and of caltech101's templates only a few are taken.
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUMERALS = tuple("0123456789")
 NUMBER_PROMPT = ('a photo of the number: "{}".',)
@@ -270,11 +270,11 @@ def open_dataset(dataset, root="data", split="train"):
     own = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None)
     classes = list(recipe.classes or (name.replace("_", " ") for name in own))
     if own and len(own) != len(classes):
-        raise UserError(f"{dataset} in {root} has {len(own)} classes, not {len(classes)}: its unpacking was cut off")
+        raise UserError(f"{dataset} in {root} has {len(own)} classes, not {len(classes)}: was its unpacking cut off?")
     if not recipe.test:  # no official split: hold out a fixed fifth
         from sklearn.model_selection import train_test_split
 
-        labels = getattr(parts[0], "targets", None) or parts[0].y
+        labels = parts[0].targets if hasattr(parts[0], "targets") else parts[0].y
         kept = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
         return torch.utils.data.Subset(parts[0], kept[split == "test"]), classes
     return torch.utils.data.ConcatDataset(parts), classes
@@ -486,7 +486,7 @@ def zero_shot_probs(image_features, text_features, temperature=0.01):
 
 
 def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="instance", negatives="other"):
-    """Instance discrimination and class discrimination in one loss.
+    """Instance discrimination conditioned on class; with positives="class", class discrimination as well.
 
         L_i = - sum_j w_ij / (sum_j w_ij) * log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
 
@@ -565,8 +565,8 @@ class EnsembleLabels:
     class; and averages, averaged again each epoch, would fade to grey without the sharpening (MixMatch, Berthelot et
     al. 2019).
 
-    probs: (N, C), the teacher's predictions, which T starts from. momentum: m, in [0, 1]. neighbours: how many, 0 for
-    none. sharpness: q is raised to this power. `table` is T, float32 (N, C), each row on the simplex.
+    probs: (N, C), the teacher's predictions; T starts from them, balanced as well. momentum: m, in [0, 1]. neighbours:
+    how many, 0 for none. sharpness: q is raised to this power. `table` is T, float32 (N, C), rows on the simplex.
     """
 
     def __init__(self, probs, momentum=0.9, neighbours=20, sharpness=2.0, balanced=True):
@@ -691,6 +691,7 @@ class Student(nn.Module):
 
     def __init__(self, arch, num_classes, size=32, embedding_dim=128):
         super().__init__()
+        self.size = size
         if arch == "resnet8":
             self.backbone, width = resnet8(), 128
         else:
@@ -835,11 +836,12 @@ def has_fast_bfloat16(device):
     """Whether autocast to bfloat16 pays: where the hardware has it; elsewhere it is emulated, and slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 # ======================================================================================================================
-# Evaluation and report. Truth is read by score() and evaluate() alone.
+# Evaluation and report. Images.truth is read by score() and evaluate() alone. (open_dataset() stratifies the held-out
+# fifth of some data sets by the labels; training does not see them.)
 # ======================================================================================================================
 
 
@@ -997,9 +999,10 @@ def run(config, resume=False):
     device = pick_device(config.device)
     Student(config.arch, 2)  # an unknown arch is told before anything is downloaded
     teacher = load_clip(config.clip, device)
+    _, classes = open_dataset(config.dataset, config.root)
+    prompts = text_classifier(teacher, classes, DATASETS[config.dataset].templates).cpu()  # names it lacks: told early
     images = load_images(config.dataset, config.root, "train", config.size, teacher)
     heldout = load_images(config.dataset, config.root, "test", config.size, teacher)
-    prompts = text_classifier(teacher, images.classes, DATASETS[config.dataset].templates).cpu()
     probs = zero_shot_probs(images.features, prompts)
     del teacher  # its memory
 
@@ -1023,6 +1026,7 @@ def run(config, resume=False):
         seconds=round(time.time() - started, 1),
         teacher_accuracy=by_teacher["accuracy"],
         teacher_inductive_accuracy=score(zero_shot_probs(heldout.features, prompts), heldout.truth)["accuracy"],
+        balanced_teacher_accuracy=score(balance(probs), images.truth)["accuracy"],
         label_accuracy=score(labels.table.cpu(), images.truth)["accuracy"],
         transductive_accuracy=by_student["accuracy"],
         inductive_accuracy=evaluate(student, heldout)["accuracy"],
@@ -1057,7 +1061,7 @@ def write_results(out, config, images, probs, student, table, summary):
 
 
 def load_student(path):
-    """(student, class names) from a run's model.pt. UserError: it cannot be read."""
+    """(student, class names) from a run's model.pt; images are square, of side student.size. UserError: unreadable."""
     model = read_tensors(path)
     try:
         student = Student(model["arch"], len(model["classes"]), model["size"])
