@@ -53,6 +53,7 @@ class UserError(Exception):
 
 
 def setting(default, help, choices=None, low=None, high=None):
+    """A field of Config with its line of --help and the values it may take."""
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
@@ -786,7 +787,8 @@ def train(config, images, probs, out=None, on_epoch=None):
         history.append(row)
         if out:
             state = dict(student=student.state_dict(), optimizer=optimizer.state_dict(), labels=labels.table)
-            save_tensors(checkpoint, state | dict(history=history, settings=settings))
+            state.update(history=history, settings=settings)
+            save_tensors(checkpoint, state)
             write_csv(out / "metrics.csv", history)
     bar.close()
     return student, labels
@@ -917,6 +919,7 @@ def read_tensors(path):
 
 
 def first_line(error):
+    """What an exception says, for the middle of a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
@@ -942,10 +945,12 @@ def write_csv(path, rows):
 
 
 def write_json(path, value):
+    """Plain types as an indented json file."""
     write_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
 
 
 def save_tensors(path, value):
+    """Tensors and plain types as a file for read_tensors()."""
     write_whole(path, lambda draft: torch.save(value, draft))
 
 
