@@ -6,8 +6,9 @@ and to need no CLIP any more.
 
     python tclip.py                                # handwritten digits: offline, about a minute on two CPU cores
     python tclip.py --dataset cifar10              # CIFAR-10 named by OpenAI's CLIP ViT-B/32, for a GPU
-    python tclip.py --dataset eurosat --clip ViT-L-14:datacomp_xl_s13b_b90k          # any CLIP of open_clip
-    python tclip.py --resume runs/digits           # go on where a run was interrupted
+    python tclip.py --images photos --classes "cat,dog,neither"        # a folder of your own
+    python tclip.py --resume runs/photos           # go on where a run was interrupted
+    python tclip.py --predict more --model runs/photos/model.pt        # use the student: no CLIP any more
     python tclip.py --help                         # all settings
 
 Method: Huang, Chen, Yang, Xie, Pu, Zhuang, "Transductive CLIP with Class-Conditional Contrastive Learning",
@@ -22,21 +23,31 @@ this file: copy it out alone.
 import argparse
 import csv
 import difflib
+import hashlib
 import json
 import logging
 import math
 import os
 import re
+import signal
+import sqlite3
 import sys
+import tempfile
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
@@ -48,7 +59,7 @@ class UserError(Exception):
 
 # ======================================================================================================================
 # Settings: one documented field a flag, from which the command line is generated. None = as the data set's entry in
-# DATASETS says; everything else is the same for all data sets.
+# DATASETS says (OWN_IMAGES for a folder); everything else is the same for all data sets.
 # ======================================================================================================================
 
 
@@ -63,7 +74,19 @@ class Config:
 
     dataset: str = setting("digits", "name in the table DATASETS")
     root: str = setting("data", "folder where torchvision keeps its data sets; missing ones are downloaded to it")
+    images: str = setting(None, "folder of unlabeled images, in place of --dataset")
+    classes: str = setting(None, "class names: separated by commas, or a text file with one a line")
+    templates: str = setting(None, 'prompt with {} for the class name, as "a photo of a {}.", or a file, one a line')
+    truth: str = setting(None, "csv file (file,label), or the word folders; for evaluation alone")
+    strict: bool = setting(False, "stop at the first file that is no readable image")
+    memory: float = setting(8.0, "gigabytes of pixels kept in memory; more lie in a file on disk", low=0.0)
     clip: str = setting(None, "teacher: ViT-B/32 and the like (OpenAI), arch:tag (open_clip), or a state_dict file")
+    pseudo_labels: str = setting(
+        None,
+        "another teacher's answers, in place of --clip: .npz (files, classes, probs) or .csv (file,label[,confidence])",
+    )
+    cache: str = setting("~/.cache/tclip", "folder that keeps CLIP's image features: CLIP sees an image once")
+    no_cache: bool = setting(False, "keep none")
     size: int = setting(None, "side of the student's images, in pixels", low=8, high=1024)
     arch: str = setting(None, "student: resnet8, or any resnet of torchvision")
     views: str = setting(None, "augmentation", choices=("photo", "overhead", "street", "writing"))
@@ -107,7 +130,7 @@ def nearest(name, known):
 
 
 # ======================================================================================================================
-# Images: every data set is an entry of one table. Images are read once, the student's and CLIP's view in the same pass.
+# Images: a folder, or an entry of a table of data sets. They are read once, for the student and CLIP in the same pass.
 # ======================================================================================================================
 
 
@@ -115,8 +138,8 @@ def nearest(name, known):
 class Images:
     """Unlabeled images at the student's size, as one tensor.
 
-    pixels   uint8 (N, 3, H, W), on any device
-    names    N strings, the position in the original data set
+    pixels   uint8 (N, 3, H, W), on any device, or a PixelFile
+    names    N strings: the path in the folder, or the position in the original data set
     classes  C class names
     truth    int64 (N,), -1 where unknown, or None. Read by score() and evaluate() alone, never by train()
     features float (N, D), the teacher's unit image features, or None where no teacher was given
@@ -158,7 +181,6 @@ class HandwrittenDigits(list):
     """scikit-learn's 1797 real handwritten digits, 8x8, as (PIL image, label) pairs. They come with the package."""
 
     def __init__(self, root=None, download=False):
-        from PIL import Image
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -244,6 +266,7 @@ DATASETS = {
         files=("caltech101/101_ObjectCategories",), size=128, class_prior="none",
     ),
 }  # fmt: skip
+OWN_IMAGES = Recipe(None, (), (), with_the("a photo of a {}."), size=None, class_prior="none")
 
 
 def open_dataset(dataset, root="data", split="train"):
@@ -281,18 +304,89 @@ def open_dataset(dataset, root="data", split="train"):
     return torch.utils.data.ConcatDataset(parts), classes
 
 
+class Folder(torch.utils.data.Dataset):
+    """Every file below a folder (or one file) as (PIL image, label); what is no readable image raises when asked for.
+
+    names: relative paths, sorted; bytes that are no text are written as \\x... labels: a dict name -> class number,
+    for evaluation alone; the label of other files is -1. Links are followed only to files within the folder.
+    """
+
+    def __init__(self, root, labels=None):
+        root = Path(root)
+        if not root.exists():
+            raise UserError(f"{root} does not exist")
+        if root.is_file():
+            root, self.paths = root.parent, [root]
+        else:
+            every = root.rglob("*")  # a folder counts as a file where its files are out of reach
+            self.paths = [p for p in every if p.is_symlink() or not p.is_dir() or not os.access(p, os.R_OK)]
+        self.root = root.resolve()
+        self.paths.sort()
+        self.names = [os.fsencode(p.relative_to(root).as_posix()).decode(errors="backslashreplace") for p in self.paths]
+        self.labels = labels or {}
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        path = self.paths[i]
+        if not path.resolve().is_relative_to(self.root):
+            raise OSError("a link out of the folder")
+        if not path.is_file():  # opening a named pipe would wait for ever
+            raise OSError("no regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large images, broken EXIF and the like
+            with Image.open(path) as image:
+                return upright_rgb(image), self.labels.get(self.names[i], -1)
+
+    def usual_size(self):
+        """Side for the student's images: the largest of 32, 64, 96 and 128 that half of (up to 20) images reach."""
+        sides = []
+        for i in range(0, len(self), math.ceil(len(self) / 20) or 1):
+            try:
+                sides.append(min(self[i][0].size))
+            except Exception:  # told by name when all are read
+                continue
+        median = sorted(sides)[len(sides) // 2] if sides else 0
+        return max(side for side in (32, 64, 96, 128) if side <= max(median, 32))
+
+
+def upright_rgb(image):
+    """Any PIL image as 8-bit RGB: turned as its EXIF says, over white where transparent.
+
+    Gray of 16 or 32 bits is stretched from its own darkest and brightest value: such images seldom fill their range.
+    """
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # the EXIF is broken, the image need not be
+        pass
+    if image.mode[0] in "IF":
+        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
+        values = (values - values.min()) / max(np.ptp(values), 1e-12)
+        image = Image.fromarray((255 * values).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def square(image, size, by="bicubic", fit="shortest"):
     """PIL image -> uint8 (3, size, size): its short side to `size`, then the centre, as OpenAI's preprocess does.
 
     by: "bicubic" or "bilinear". fit: "shortest", or "squash" for both sides to `size`.
     """
-    side = (size, size) if fit == "squash" else size
-    image = TF.resize(image.convert("RGB"), side, TF.InterpolationMode(by))
+    image, short = image.convert("RGB"), min(image.size)
+    if max(image.size) > 16 * short:  # a line, scaled until it is `size` high, would take gigabytes
+        image = TF.center_crop(image, [min(side, 16 * short) for side in reversed(image.size)])
+    image = TF.resize(image, (size, size) if fit == "squash" else size, TF.InterpolationMode(by))
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
 
 class Squares(torch.utils.data.Dataset):
-    """Item i of a data set of (PIL image, label) as uint8 tensors, one for each function in `prepare`, and label."""
+    """Item i of a data set of (PIL image, label): uint8 arrays, one for each function in `prepare`; label; what failed.
+
+    "" if nothing did; otherwise the arrays are black.
+    """
 
     def __init__(self, dataset, prepare):
         self.dataset, self.prepare = dataset, prepare
@@ -301,8 +395,92 @@ class Squares(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i):
-        image, label = self.dataset[i]
-        return [prepare(image) for prepare in self.prepare], label
+        try:
+            (image, label), failed = self.dataset[i], ""
+        except Exception as error:  # Pillow raises a dozen kinds
+            image, label, failed = Image.new("RGB", (1, 1)), -1, first_line(error)
+        return [prepare(image).numpy() for prepare in self.prepare], label, failed
+
+    @staticmethod
+    def collate(items):
+        """A batch as numpy arrays. (Tensors would reach us through shared memory, of which containers have little.)"""
+        views, labels, failed = zip(*items)
+        return [np.stack(view) for view in zip(*views)], labels, failed
+
+
+class PixelFile:
+    """uint8 (N, 3, S, S) in an unnamed file that vanishes with the process: memory stays flat as N grows.
+
+    Reading maps the file anew for each batch, since the pages of a lasting map would pile up in memory.
+    """
+
+    def __init__(self, shape, folder=None):
+        self.shape, self.device = shape, torch.device("cpu")
+        self.file = tempfile.TemporaryFile(dir=folder)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __setitem__(self, rows, pixels):
+        """Write at a slice of rows."""
+        self.file.seek(rows.start * math.prod(self.shape[1:]))
+        self.file.write(pixels.numpy().tobytes())
+        self.file.flush()
+
+    def __getitem__(self, index):
+        """Rows by a slice or an int64 tensor, as a tensor in memory."""
+        rows = index.numpy() if isinstance(index, Tensor) else index
+        return torch.from_numpy(np.array(np.memmap(self.file, np.uint8, "r", shape=self.shape)[rows]))
+
+    def split(self, batch_size):
+        """The rows in order, a batch at a time."""
+        return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
+
+
+def ignore_interrupts(worker):
+    """Leave Ctrl-C to the main process: workers need not each print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0, folder=None, title="images"):
+    """Read every image of a data set of (PIL image, label) once, by several processes.
+
+    prepare: PIL image -> uint8 (3, S, S), as the teacher wants it; encode: (B, 3, S, S) of these -> (B, K) rows, such
+    as features. strict: raise UserError at the first unreadable file. Beyond `memory` gigabytes the pixels go to a
+    file in `folder`. Returns (pixels, names, truth, rows or None, the skipped as dicts of file and reason).
+    """
+    names = getattr(source, "names", None) or [f"{i:05d}" for i in getattr(source, "indices", range(len(source)))]
+    shape = (len(source), 3, size, size)
+    pixels = PixelFile(shape, folder) if math.prod(shape) > memory * 1e9 else torch.empty(shape, dtype=torch.uint8)
+    squares = Squares(source, [partial(square, size=size)] + ([prepare] if prepare else []))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores, 16) if len(source) > 2000 else 0  # workers take seconds to start
+    loader = torch.utils.data.DataLoader(
+        squares, 128, num_workers=workers, collate_fn=Squares.collate, worker_init_fn=ignore_interrupts
+    )
+    left, kept, truth, rows, skipped = iter(names), [], [], [], []
+    bar = tqdm(total=len(source), desc=title, unit="image", disable=None)
+    for views, labels, failed in loader:
+        here = list(islice(left, len(labels)))
+        bar.update(len(labels))
+        skipped += [dict(file=name, reason=reason) for name, reason in zip(here, failed) if reason]
+        if strict and skipped:
+            raise UserError("cannot read {file}: {reason}".format(**skipped[0]))
+        good = [i for i, reason in enumerate(failed) if not reason]
+        if good:
+            pixels[len(kept) : len(kept) + len(good)] = torch.from_numpy(views[0][good])
+            kept += [here[i] for i in good]
+            truth += [labels[i] for i in good]
+            if encode:
+                rows.append(encode(torch.from_numpy(views[1][good])).cpu())
+    bar.close()
+    if not kept:
+        raise UserError(f"{title}: there is no readable image among {len(source)} files")
+    if isinstance(pixels, PixelFile):
+        pixels.shape = (len(kept), *shape[1:])
+    else:
+        pixels = pixels[: len(kept)]
+    return pixels, kept, torch.tensor(truth), torch.cat(rows) if rows else None, skipped
 
 
 def load_images(dataset="digits", root="data", split="train", size=None, teacher=None):
@@ -311,24 +489,14 @@ def load_images(dataset="digits", root="data", split="train", size=None, teacher
     Returns Images on the CPU. Arguments and errors as open_dataset(); size in pixels, None: the table's.
     """
     source, classes = open_dataset(dataset, root, split)
-    size = size or DATASETS[dataset].size
-    prepare = [partial(square, size=size)] + ([teacher.prepare] if teacher else [])
-    workers = min(os.cpu_count(), 16) if len(source) > 5000 else 0  # workers take seconds to start
-    loader = torch.utils.data.DataLoader(Squares(source, prepare), batch_size=256, num_workers=workers)
-    pixels = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
-    truth, features, end = [], [], 0
-    for (small, *clip_view), labels in tqdm(loader, f"{dataset}, {split}", unit="batch", disable=None):
-        pixels[end : (end := end + len(small))] = small
-        truth.append(labels)
-        if teacher:
-            features.append(teacher.encode_images(clip_view[0]).cpu())
-    index = getattr(source, "indices", range(len(source)))
-    names = [f"{i:05d}" for i in index]
-    return Images(pixels, names, classes, torch.cat(truth), torch.cat(features) if teacher else None)
+    size, title = size or DATASETS[dataset].size, f"{dataset}, {split}"
+    asked = (teacher.prepare, teacher.encode_images) if teacher else ()
+    pixels, names, truth, features, _ = read_images(source, size, *asked, title=title)
+    return Images(pixels, names, classes, truth, features)
 
 
 # ======================================================================================================================
-# Pseudo-labels: CLIP names every image.
+# Pseudo-labels: CLIP names every image, or a file has the answers of another teacher.
 # ======================================================================================================================
 
 HERE = Path(__file__).resolve().parent
@@ -336,17 +504,7 @@ OFFLINE_CLIP = next(  # beside this file in a checkout; where pip puts data file
     (p for p in (HERE / "tutorials/offline_clip.pt", Path(sys.prefix) / "share/tclip/offline_clip.pt") if p.exists()),
     HERE / "tutorials/offline_clip.pt",
 )
-OPENAI_CLIP = {  # name: SHA-256 of its weights
-    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
-    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
-    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
-    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
-    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-}
+OPENAI_CLIP = "RN50 RN101 RN50x4 RN50x16 RN50x64 ViT-B/32 ViT-B/16 ViT-L/14 ViT-L/14@336px".split()
 
 
 @dataclass
@@ -356,11 +514,13 @@ class Teacher:
     prepare         PIL image -> uint8 (3, S, S), resized as the model was trained
     encode_images   uint8 (B, 3, S, S) -> float32 unit rows (B, D)
     encode_texts    list of B strings -> float32 unit rows (B, D)
+    digest          of the weights and all else on which encode_images depends
     """
 
     prepare: Callable
     encode_images: Callable
     encode_texts: Callable
+    digest: bytes = b""
 
 
 def load_clip(name="offline", device="cpu"):
@@ -400,7 +560,47 @@ def load_clip(name="offline", device="cpu"):
             raise UserError(f"the offline CLIP knows digits only, not the words {texts[0]!r}: try --clip ViT-B/32")
         return F.normalize(model.encode_text(tokens).float(), dim=1)
 
-    return Teacher(partial(square, size=size, by=by, fit=fit), encode_images, encode_texts)
+    digest = hashlib.blake2b(repr((device.type, mean, std)).encode())
+    for tensor in visual.state_dict().values():
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return Teacher(partial(square, size=size, by=by, fit=fit), encode_images, encode_texts, digest.digest())
+
+
+def cached(teacher, folder):
+    """The teacher with its image features kept in folder/features.sqlite, so that it encodes an image once.
+
+    A feature is found by the very pixels that the model is given and by the digest of its weights: a changed file or
+    model is never answered from an old entry. Class names and templates, encoded anew each time, need no key. What was
+    encoded is kept batch by batch, so an interrupted pass goes on where it was. UserError: the cache cannot be used.
+    """
+    file = Path(folder).expanduser() / "features.sqlite"
+
+    @contextmanager
+    def opened():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(file, timeout=60)) as database, database:
+                database.execute("CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID")
+                yield database
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"cannot use {file}: {first_line(error)}. Delete it, or run with --no-cache") from error
+
+    def encode_images(pixels):
+        keys = [hashlib.blake2b(view.numpy().tobytes(), digest_size=20, key=teacher.digest).digest() for view in pixels]
+        with opened() as database:
+            marks = ",".join("?" * len(keys))
+            rows = dict(database.execute(f"SELECT key, row FROM features WHERE key IN ({marks})", keys))
+        new = [i for i, key in enumerate(keys) if key not in rows]
+        if new:
+            features = teacher.encode_images(pixels[new]).cpu().numpy()
+            rows.update((keys[i], row.tobytes()) for i, row in zip(new, features))
+            with opened() as database:
+                fresh = [(keys[i], rows[keys[i]]) for i in new]
+                database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", fresh)
+        return torch.from_numpy(np.stack([np.frombuffer(rows[key], np.float32) for key in keys]))
+
+    with opened():  # what is wrong with the file is told before an image is read
+        return replace(teacher, encode_images=encode_images)
 
 
 def openai_clip_model(name, device):
@@ -429,8 +629,7 @@ def openai_clip_model(name, device):
     except (OSError, RuntimeError) as error:
         remedy = "is cut off: delete it, then" if file.exists() else "is missing:"
         raise UserError(
-            f"cannot load {name}: {first_line(error)}. {file} {remedy} let it be downloaded, "
-            f"or copy it there from elsewhere (SHA-256 {OPENAI_CLIP[name]})"
+            f"cannot load {name}: {first_line(error)}. {file} {remedy} let it be downloaded, or copy it there"
         ) from error
 
 
@@ -479,6 +678,93 @@ def zero_shot_probs(image_features, text_features, temperature=0.01):
     Returns float32 (N, C). Radford et al. 2021, section 3.1.2.
     """
     return (image_features.float() @ text_features.float().T / temperature).softmax(1)
+
+
+def read_labels(path):
+    """Rows of a csv file with the columns file, label and maybe confidence: dict file -> (label, confidence or 1).
+
+    UserError: unreadable, no such columns, a file twice, a confidence outside [0, 1].
+    """
+    found = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # "-sig": spreadsheets put a mark in front
+            reader = csv.DictReader(file)
+            if not {"file", "label"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{path}: its first line must name the columns: file,label or file,label,confidence")
+            for row in reader:
+                name, label, confidence = (unguarded(row.get(k) or "") for k in ("file", "label", "confidence"))
+                if name in found:
+                    raise UserError(f"{path} has {name} twice (line {reader.line_num})")
+                found[name] = label, float(confidence or 1)
+                if not 0 <= found[name][1] <= 1:
+                    raise UserError(f"{path}: confidence {confidence} of {name} is not within 0 and 1")
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+    return found
+
+
+def plain(name):
+    """A class name without what people write now so, now so: capitals, underscores, spaces around."""
+    return name.casefold().replace("_", " ").strip()
+
+
+def class_numbers(labels, classes, path):
+    """The labels as numbers of their classes, names compared as plain(). UserError: one is no class."""
+    numbers = {plain(name): i for i, name in enumerate(classes)}
+    for label in labels:
+        if plain(label) not in numbers:
+            raise UserError(f"{path}: {label!r} is not among the classes; there is: {nearest(label, classes)}")
+    return [numbers[plain(label)] for label in labels]
+
+
+def read_pseudo_labels(path, classes=None):
+    """Another teacher's answers. Returns (file names, class names, probs float32 (N, C)).
+
+    path: .npz with files (N,), classes (C,) and probs (N, C), or .csv with the columns file, label and maybe
+    confidence, of which the rest is spread evenly over the other classes. classes: names to put the columns in order
+    of; None: those of the file. UserError: unreadable, doubled files, other classes, what is no probability.
+    """
+    if Path(path).suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                files, own, probs = data["files"].tolist(), data["classes"].tolist(), data["probs"]
+            probs = torch.from_numpy(probs.astype(np.float32))
+        except Exception as error:  # numpy and zipfile raise a dozen kinds
+            raise UserError(f"cannot read {path} (npz with files, classes, probs): {first_line(error)}") from error
+        if probs.shape != (len(files), len(own)):
+            raise UserError(f"{path}: probs are {tuple(probs.shape)}, for {len(files)} files and {len(own)} classes")
+        if not (probs.isfinite().all() and (probs >= 0).all() and (probs.sum(1) > 0).all()):
+            raise UserError(f"{path}: probs are not finite, or below zero, or all zero for an image")
+        if len(set(files)) < len(files):
+            raise UserError(f"{path} has {next(f for f, n in Counter(files).items() if n > 1)} twice")
+        classes = classes or own
+        if len(own) != len(classes):
+            raise UserError(f"{path} has {len(own)} classes, not {len(classes)}: {', '.join(own)}")
+        columns = class_numbers(own, classes, path)
+        ordered = torch.empty_like(probs)
+        ordered[:, columns] = probs
+        return files, classes, ordered / ordered.sum(1, keepdim=True)
+    found = read_labels(path)
+    classes = classes or sorted({label for label, _ in found.values()})
+    numbers = class_numbers([label for label, _ in found.values()], classes, path)
+    confidence = torch.tensor([confidence for _, confidence in found.values()])[:, None]  # (N, 1)
+    mine = F.one_hot(torch.tensor(numbers), len(classes))
+    return list(found), classes, mine * confidence + (1 - mine) * (1 - confidence) / (len(classes) - 1)
+
+
+def match(names, files, probs):
+    """The rows of probs (M, C) that belong to `names`, by the M file names: (N, C). Even where a name has none."""
+    row = {file: i for i, file in enumerate(files)}
+    missing = [name for name in names if name not in row]
+    if len(missing) == len(names):
+        raise UserError(f"none of the {len(names)} images has a pseudo-label: {names[0]} is not like {files[0]}")
+    if missing:
+        tell(f"{len(missing)} of {len(names)} images have no pseudo-label, such as {missing[0]}: they start undecided")
+    if len(files) > len(names) - len(missing):
+        unknown = len(files) - len(names) + len(missing)
+        tell(f"{unknown} pseudo-labels are of files that are not there, such as {next(iter(row.keys() - set(names)))}")
+    even = probs.new_full((1, probs.shape[1]), 1 / probs.shape[1])
+    return torch.cat([probs, even])[[row.get(name, len(files)) for name in names]]
 
 
 # ======================================================================================================================
@@ -747,16 +1033,17 @@ def train(config, images, probs, out=None, on_epoch=None):
     labels = EnsembleLabels(
         probs.to(device), config.label_momentum, config.label_neighbours, config.label_sharpness, balanced
     )
-    pixels, first_labels = images.pixels.to(device), probs.argmax(1).to(device)
+    pixels, first_labels = place(images.pixels, device), probs.argmax(1).to(device)
     model = torch.compile(student) if config.compile else student
     history = []
-    settings = asdict(replace(config, out=None, device="auto"))
+    settings = asdict(replace(config, out=None, device="auto", cache="", no_cache=False, memory=0.0))
+    settings["images read"] = hashlib.blake2b("\0".join(images.names + images.classes).encode()).hexdigest()
     checkpoint = out and out / "checkpoint.pt"
     if checkpoint and checkpoint.exists():
         state = read_tensors(checkpoint)
         try:
             if state["settings"] != settings:
-                raise ValueError("its settings are others")
+                raise ValueError("its settings or its images are others")
             student.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
             labels.table, history = state["labels"].to(device), state["history"]
@@ -797,12 +1084,12 @@ def train(config, images, probs, out=None, on_epoch=None):
 def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
     """One pass over the images. Returns the means of cross-entropy and C3L. Nothing in a step waits for the device."""
     model.train()
-    device = pixels.device
+    device = labels.table.device
     losses = torch.zeros(2, device=device)
-    for step, index in enumerate(torch.randperm(len(pixels), device=device).tensor_split(steps)):
+    for step, index in enumerate(torch.randperm(len(pixels), device=pixels.device).tensor_split(steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
-        batch = pixels[index]  # uint8 (B, 3, H, W)
+        batch, index = pixels[index].to(device), index.to(device)  # uint8 (B, 3, H, W)
         views = torch.cat([augment(batch, **VIEWS[config.views]), augment(batch, **VIEWS[config.views])])
         targets = labels.targets(index)  # (B, C)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
@@ -816,6 +1103,14 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
         losses += torch.stack([cross_entropy, c3l]).detach() / steps
         bar.update()
     return losses.tolist()
+
+
+def place(pixels, device):
+    """The pixels where batches are gathered best: on the device if they take at most half of what is free there."""
+    if isinstance(pixels, PixelFile):
+        return pixels
+    fits = device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return pixels.to(device) if fits else pixels
 
 
 def learning_rate(config, progress):
@@ -878,31 +1173,8 @@ def evaluate(student, images):
     return score(predict(student, images.pixels), images.truth)
 
 
-def draw_noise(path, classes, teacher, student):
-    """Picture at `path`: the confusion matrices of two score()s side by side, as shares of each true class."""
-    from matplotlib.figure import Figure
-
-    side = min(4 + 0.18 * len(classes), 20)
-    figure = Figure((2 * side + 1, side), layout="constrained")
-    for ax, (name, result) in zip(figure.subplots(1, 2, sharey=True), [("CLIP", teacher), ("student", student)]):
-        shares = (result["confusion"] / result["confusion"].sum(1, keepdim=True).clamp(min=1)).numpy()
-        drawn = ax.imshow(shares, cmap="viridis", vmin=0, vmax=1)
-        ax.set_title(f"{name}: {result['accuracy']:.1%} right")
-        ax.set_xlabel("predicted")
-        if len(classes) <= 50:  # more names than that are a blur
-            ax.set_xticks(range(len(classes)), classes, rotation=90)
-            ax.set_yticks(range(len(classes)), classes)
-        if len(classes) <= 12:
-            for t, p in zip(*(shares >= 0.005).nonzero()):
-                ax.text(p, t, f"{100 * shares[t, p]:.0f}", ha="center", va="center", size=8,
-                        color="black" if shares[t, p] > 0.5 else "white")  # fmt: skip
-    figure.axes[0].set_ylabel("true class")
-    figure.colorbar(drawn, ax=figure.axes, label="share of the true class", fraction=0.03)
-    figure.savefig(path, dpi=120, format="png")
-
-
 # ======================================================================================================================
-# Command line
+# Files: read without running code in them, written whole or not at all
 # ======================================================================================================================
 
 
@@ -911,10 +1183,9 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen kinds, by what is wrong with it
-        script = "TorchScript" in str(error)
-        reason = (
-            "it is TorchScript; if OpenAI's, lay it into ~/.cache/clip and name the model" if script else "cut off?"
-        )
+        reason = "cut off? If so, delete it"
+        if "TorchScript" in str(error):
+            reason = "it is TorchScript; if OpenAI's, lay it into ~/.cache/clip and name the model"
         raise UserError(f"cannot read {path} as a file of tensors: {reason}") from error
 
 
@@ -923,25 +1194,44 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def tell(message):
+    """A remark on the way, on stderr."""
+    tqdm.write(f"tclip: {message}", file=sys.stderr)
+
+
 def write_whole(path, write):
     """Let write(path of a draft) make a file, then put it into place at once: `path` is never half-written."""
     draft = path.with_name(path.name + ".part")
-    write(draft)
-    with open(draft, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        write(draft)
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+        draft.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def write_csv(path, rows):
-    """Rows (dicts with the same keys) as a csv file with a header."""
+    """Rows (dicts with the same keys) as a csv file with a header, in which no spreadsheet sees a formula."""
 
     def write(draft):
         with open(draft, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: guarded(value) for key, value in row.items()} for row in rows)
 
     write_whole(path, write)
+
+
+def guarded(value):
+    """A cell that a spreadsheet shows as the text it is: what begins like a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and re.match(r"'*[=+\-@\t\r]", value) else value
+
+
+def unguarded(cell):
+    """A cell as it was before guarded()."""
+    return cell[1:] if re.match(r"'+[=+\-@\t\r]", cell) else cell
 
 
 def write_json(path, value):
@@ -954,8 +1244,58 @@ def save_tensors(path, value):
     write_whole(path, lambda draft: torch.save(value, draft))
 
 
+def load_student(path):
+    """(student, class names) from a run's model.pt; images are square, of side student.size. UserError: unreadable."""
+    model = read_tensors(path)
+    try:
+        student = Student(model["arch"], len(model["classes"]), model["size"])
+        student.load_state_dict(model["student"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is not the model.pt of a run: {first_line(error)}") from error
+    return student.eval(), model["classes"]
+
+
+def export_student(path):
+    """Write a run's model.pt again as model.onnx and model.safetensors beside it. Returns the path of the first.
+
+    ONNX: pixels uint8 (B, 3, S, S) -> probs float32 (B, C), for any B; the class names are in its metadata as json.
+    safetensors: the weights of the Student, with arch, size and classes in the metadata.
+    """
+    try:
+        import onnxscript  # noqa: F401, torch.onnx needs it
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise UserError(f'{first_line(error)}: export needs pip install -e ".[export]"') from error
+    student, classes = load_student(path)
+    about = dict(arch=read_tensors(path)["arch"], size=str(student.size), classes=json.dumps(classes))
+
+    class Exported(nn.Module):
+        def forward(self, pixels):
+            return student(pixels.float() / 255)[0].softmax(1)
+
+    exported = Exported()
+    exported.student = student
+    example = torch.zeros(2, 3, student.size, student.size, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of no concern to who exports
+        program = torch.onnx.export(
+            exported.eval(), (example,), dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},),
+            input_names=["pixels"], output_names=["probs"],
+        )  # fmt: skip
+    program.model.metadata_props.update(about)
+    write_whole(Path(path).with_suffix(".onnx"), program.save)
+    weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+    write_whole(Path(path).with_suffix(".safetensors"), lambda draft: save_file(weights, draft, about))
+    return Path(path).with_suffix(".onnx")
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
 def parse(argv):
-    """Config from command-line arguments, and whether the run is to be resumed."""
+    """Config from command-line arguments, and what to do: dict of resume, predict, model and export."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -970,15 +1310,21 @@ def parse(argv):
         text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + default
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=text.replace("%", "%%"), **kind)
     parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
+    parser.add_argument("--predict", metavar="PATH", help="name the images in this folder, or this one, by --model")
+    parser.add_argument("--model", metavar="FILE", help="model.pt of a run, for --predict and --export")
+    parser.add_argument("--export", choices=("onnx",), help="write --model as model.onnx and model.safetensors, too")
     arguments = vars(parser.parse_args(argv))
-    resume = arguments.pop("resume")
+    action = {name: arguments.pop(name) for name in ("resume", "predict", "model", "export")}
+    if bool(action["model"]) != bool(action["predict"] or action["export"]):
+        raise UserError("--model FILE goes with --predict PATH or --export onnx, and they with it")
+    resume = action["resume"]
     if not resume:
-        return Config(**arguments), False
+        return Config(**arguments), action
     if len(argv) > 2 - ("=" in argv[0]):
         raise UserError(f"--resume takes every setting from {resume}/config.json: give no others")
     try:
         values = json.loads((Path(resume) / "config.json").read_text())
-        return Config(**values | dict(out=resume)), True  # wherever the folder lies by now
+        return Config(**values | dict(out=resume)), action  # wherever the folder lies by now
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot resume {resume}: {first_line(error)}") from error
 
@@ -987,73 +1333,154 @@ def complete(config):
     """The config with every None filled in: from the data set's entry in the table, and the folder of the results."""
     if config.dataset not in DATASETS:
         raise UserError(f"unknown data set {config.dataset!r}; there is: {nearest(config.dataset, DATASETS)}")
-    recipe = DATASETS[config.dataset]
-    unset = [f.name for f in fields(Config) if getattr(config, f.name) is None and f.name != "out"]
-    config = replace(config, **{name: getattr(recipe, name) for name in unset})
+    recipe = OWN_IMAGES if config.images else DATASETS[config.dataset]
+    filled = {name: getattr(recipe, name) for name in ("clip", "size", "arch", "views", "class_prior")}
+    config = replace(config, **{name: value for name, value in filled.items() if getattr(config, name) is None})
+    if config.size is None:
+        config = replace(config, size=Folder(config.images).usual_size())
     if config.out is None:
-        folders = (Path("runs") / f"{config.dataset}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 10_000))))
-        return replace(config, out=str(next(folder for folder in folders if not folder.exists())))
+        return replace(
+            config, out=str(free_folder(Path(config.images).resolve().name if config.images else config.dataset))
+        )
     if Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
         raise UserError(f"{config.out} is not empty: choose another --out, or go on with --resume {config.out}")
     return config
 
 
+def free_folder(name):
+    """runs/NAME or, where that exists, the first of runs/NAME-2, runs/NAME-3, ... that does not."""
+    folders = (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 10_000))))
+    return next(folder for folder in folders if not folder.exists())
+
+
+def listed(value, separator=None):
+    """Items of a setting: the lines of the text file that it names, or its parts between separators; None of None."""
+    if value is None:
+        return None
+    try:
+        parts = Path(value).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(value) else [value]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read {value}: {first_line(error)}") from error
+    if separator and not os.path.isfile(value):
+        parts = value.split(separator)
+    items = [part.strip() for part in parts if part.strip()]
+    if not items or len(set(items)) < len(items):
+        raise UserError(f"{value}: {'names something twice' if items else 'is empty'}")
+    return items
+
+
+def read_truth(truth, names, classes):
+    """Class numbers of files by name, for evaluation: a csv file's, or (truth = "folders") those of their folders."""
+    if truth == "folders":
+        labels = {name: name.split("/")[-2] for name in names if "/" in name}
+        labels = {name: label for name, label in labels.items() if plain(label) in map(plain, classes)}
+    else:
+        labels = {name: label for name, (label, _) in read_labels(truth).items()}
+    there = len(labels.keys() & set(names))
+    if not there:
+        raise UserError(f"--truth {truth} tells nothing of the {len(names)} files, such as {names[0]}")
+    if there < len(names):
+        tell(f"--truth {truth} knows {there} of {len(names)} files")
+    return dict(zip(labels, class_numbers(labels.values(), classes, truth)))
+
+
+def open_sources(config, classes):
+    """What config names: (unlabeled data set, held-out data set or None, class names)."""
+    if not config.images:
+        unlabeled, own = open_dataset(config.dataset, config.root, "train")
+        if classes and len(classes) != len(own):
+            raise UserError(f"{config.dataset} has {len(own)} classes, in this order: {', '.join(own)}")
+        return unlabeled, open_dataset(config.dataset, config.root, "test")[0], classes or own
+    if not classes or len(classes) < 2:
+        raise UserError('--images needs the names of two classes or more: --classes "cat,dog"')
+    unlabeled = Folder(config.images)
+    if not len(unlabeled):
+        raise UserError(f"there is no file in {config.images}")
+    if config.truth:
+        unlabeled.labels = read_truth(config.truth, unlabeled.names, classes)
+    return unlabeled, None, classes
+
+
+def clip_annotator(config, classes, device):
+    """CLIP as what names images: (PIL image -> the view that it wants, views -> probs (B, C) on the CPU)."""
+    teacher = load_clip(config.clip, device)
+    if not config.no_cache:
+        teacher = cached(teacher, config.cache)
+    templates = listed(config.templates) or (OWN_IMAGES if config.images else DATASETS[config.dataset]).templates
+    if not all("{}" in template for template in templates):
+        raise UserError('--templates: each needs {} for the class name, as "a photo of a {}."')
+    prompts = text_classifier(teacher, classes, templates).cpu()  # names that it lacks are told here
+    return teacher.prepare, lambda views: zero_shot_probs(teacher.encode_images(views).cpu(), prompts)
+
+
 def run(config, resume=False):
     """A whole run: images, pseudo-labels, training, evaluation; the results lie in config.out. Returns the summary."""
-    started = time.time()
-    device = pick_device(config.device)
+    started, device = time.time(), pick_device(config.device)
     Student(config.arch, 2)  # an unknown arch is told before anything is downloaded
-    teacher = load_clip(config.clip, device)
-    _, classes = open_dataset(config.dataset, config.root)
-    prompts = text_classifier(teacher, classes, DATASETS[config.dataset].templates).cpu()  # names it lacks: told early
-    images = load_images(config.dataset, config.root, "train", config.size, teacher)
-    heldout = load_images(config.dataset, config.root, "test", config.size, teacher)
-    probs = zero_shot_probs(images.features, prompts)
-    del teacher  # its memory
-
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {out}: {first_line(error)}") from error
+    classes, prepare, annotate = listed(config.classes, ","), None, None
+    if config.pseudo_labels:
+        files, classes, answers = read_pseudo_labels(config.pseudo_labels, classes)
+    unlabeled, heldout, classes = open_sources(config, classes)
+    if not config.pseudo_labels:
+        prepare, annotate = clip_annotator(config, classes, device)
+    out = make_folder(config.out)
     if not resume:
         write_json(out / "config.json", asdict(config))
+
+    def read(source, title):
+        strict = config.strict or not config.images
+        return read_images(source, config.size, prepare, annotate, strict, config.memory, out, title)
+
+    pixels, names, truth, probs, skipped = read(unlabeled, "unlabeled images")
+    if skipped:
+        write_csv(out / "skipped.csv", skipped)
+        tell(f"{len(skipped)} of {len(unlabeled)} files are no readable images: see {out / 'skipped.csv'}")
+    if heldout:
+        heldout_pixels, _, heldout_truth, heldout_probs, _ = read(heldout, "held-out images")
+    prepare = annotate = None  # CLIP's memory
+    if config.pseudo_labels:
+        probs = match(names, files, answers)
+
+    images = Images(pixels, names, classes, truth)
     student, labels = train(config, images, probs, out)
 
-    by_teacher, by_student = score(probs, images.truth), evaluate(student, images)
+    student_probs, table = predict(student, pixels), labels.table.cpu()
+    by_teacher, by_student = score(probs, truth), score(student_probs, truth)
     summary = dict(
-        dataset=config.dataset,
-        clip=config.clip,
+        dataset=config.images or config.dataset,
+        teacher=config.pseudo_labels or config.clip,
         seed=config.seed,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         torch=torch.__version__,
-        images=len(images.pixels),
-        seconds=round(time.time() - started, 1),
+        images=len(pixels),
+        skipped=len(skipped),
+        agreement=(probs.argmax(1) == student_probs.argmax(1)).float().mean().item(),
         teacher_accuracy=by_teacher["accuracy"],
-        teacher_inductive_accuracy=score(zero_shot_probs(heldout.features, prompts), heldout.truth)["accuracy"],
-        balanced_teacher_accuracy=score(balance(probs), images.truth)["accuracy"],
-        label_accuracy=score(labels.table.cpu(), images.truth)["accuracy"],
+        balanced_teacher_accuracy=score(balance(probs), truth)["accuracy"],
+        label_accuracy=score(table, truth)["accuracy"],
         transductive_accuracy=by_student["accuracy"],
-        inductive_accuracy=evaluate(student, heldout)["accuracy"],
-        per_class_teacher=dict(zip(images.classes, by_teacher["per_class"])),
-        per_class_student=dict(zip(images.classes, by_student["per_class"])),
+        per_class_teacher=dict(zip(classes, by_teacher["per_class"])),
+        per_class_student=dict(zip(classes, by_student["per_class"])),
     )
-    write_results(out, config, images, probs, student, labels.table.cpu(), summary)
-    if by_teacher["accuracy"] is not None:
-        write_whole(out / "noise.png", lambda path: draw_noise(path, images.classes, by_teacher, by_student))
+    if heldout:
+        named = score(heldout_probs, heldout_truth)["accuracy"] if heldout_probs is not None else None
+        summary["teacher_inductive_accuracy"] = named
+        summary["inductive_accuracy"] = score(predict(student, heldout_pixels), heldout_truth)["accuracy"]
+    summary["seconds"] = round(time.time() - started, 1)
+    write_results(config, images, probs, table, student, student_probs, summary, skipped)
     return summary
 
 
-def write_results(out, config, images, probs, student, table, summary):
-    """labels.csv, model.pt and summary.json in the folder `out`."""
-    rows = []
+def write_results(config, images, probs, table, student, student_probs, summary, skipped):
+    """labels.csv, model.pt, summary.json and, where tclip_report.py lies beside this file, the report."""
+    rows, out = [], Path(config.out)
     for name, first, last in zip(images.names, probs, table):
         before, after = first.argmax().item(), last.argmax().item()
         rows.append(
             dict(
-                image=name,
-                clip_label=images.classes[before],
-                clip_confidence=f"{first[before]:.4f}",
+                file=name,
+                teacher_label=images.classes[before],
+                teacher_confidence=f"{first[before]:.4f}",
                 label=images.classes[after],
                 confidence=f"{last[after]:.4f}",
                 changed=int(before != after),
@@ -1063,41 +1490,85 @@ def write_results(out, config, images, probs, student, table, summary):
     model = dict(arch=config.arch, size=config.size, classes=images.classes, student=student.state_dict())
     save_tensors(out / "model.pt", model)
     write_json(out / "summary.json", summary)
-
-
-def load_student(path):
-    """(student, class names) from a run's model.pt; images are square, of side student.size. UserError: unreadable."""
-    model = read_tensors(path)
     try:
-        student = Student(model["arch"], len(model["classes"]), model["size"])
-        student.load_state_dict(model["student"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is not the model.pt of a run: {first_line(error)}") from error
-    return student.eval(), model["classes"]
+        import tclip_report
+    except ImportError:  # tclip.py was copied alone
+        return
+    history = read_tensors(out / "checkpoint.pt")["history"]
+    tclip_report.write_report(
+        out / "report.html", config, images, probs, table, student_probs, summary, history, skipped
+    )
+    if summary["teacher_accuracy"] is not None:
+        by_teacher, by_student = score(probs, images.truth), score(student_probs, images.truth)
+        picture = partial(tclip_report.draw_noise, classes=images.classes, teacher=by_teacher, student=by_student)
+        write_whole(out / "noise.png", picture)
+
+
+def make_folder(path):
+    """The folder for results, made where it is missing, as a Path. UserError: it cannot be written to."""
+    out = Path(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {first_line(error)}") from error
+    return out
+
+
+def predict_folder(config, path, model):
+    """Name the images in a folder, or one image, by a student, without CLIP. Returns the path of predictions.csv."""
+    student, classes = load_student(model)
+    student.to(pick_device(config.device))
+    source = Folder(path)
+    out = make_folder(config.out or free_folder(f"predict-{Path(path).resolve().stem}"))
+    pixels, names, _, _, skipped = read_images(
+        source, student.size, strict=config.strict, memory=config.memory, folder=out, title=str(path)
+    )
+    if skipped:
+        write_csv(out / "skipped.csv", skipped)
+        tell(f"{len(skipped)} of {len(source)} files are no readable images: see {out / 'skipped.csv'}")
+    best = predict(student, pixels).topk(min(3, len(classes)))
+    rows = []
+    for name, values, numbers in zip(names, best.values.tolist(), best.indices.tolist()):
+        row = dict(file=name)
+        for rank, (value, number) in zip(("", "_2", "_3"), zip(values, numbers)):
+            row |= {f"label{rank}": classes[number], f"confidence{rank}": f"{value:.4f}"}
+        rows.append(row)
+    write_csv(out / "predictions.csv", rows)
+    return out / "predictions.csv"
 
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 after a UserError, 130 after Ctrl-C."""
     config = None
     try:
-        config, resume = parse(sys.argv[1:] if argv is None else argv)
-        config = config if resume else complete(config)
-        summary = run(config, resume)
+        config, action = parse(sys.argv[1:] if argv is None else argv)
+        if action["predict"]:
+            print(f"wrote {predict_folder(config, action['predict'], action['model'])}")
+        if action["export"]:
+            print(f"wrote {export_student(action['model'])}")
+        if action["model"]:
+            return 0
+        config = config if action["resume"] else complete(config)
+        summary = run(config, bool(action["resume"]))
     except UserError as error:
         print(f"tclip: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        begun = config and config.out and Path(config.out, "checkpoint.pt").exists()
+        begun = config and config.out and Path(config.out, "config.json").exists()
         hint = f" Go on with: python tclip.py --resume {config.out}" if begun else ""
         print(f"\ntclip: stopped.{hint}", file=sys.stderr)
         return 130
-    percent = {k: "?" if v is None else f"{100 * v:.1f} %" for k, v in summary.items() if k.endswith("accuracy")}
+    shares = {k: "?" if v is None else f"{100 * v:.1f} %" for k, v in summary.items() if isinstance(v, float | None)}
     print(f"results in {config.out}")
-    print(
-        f"teacher -> student: {percent['teacher_accuracy']} -> {percent['transductive_accuracy']} on the unlabeled "
-        f"images, {percent['teacher_inductive_accuracy']} -> {percent['inductive_accuracy']} on held-out ones; "
-        f"{summary['seconds']:.0f} s on {summary['device']}"
-    )
+    if summary["teacher_accuracy"] is None:
+        print(f"student and teacher agree on {shares['agreement']} of the images", end="")
+    else:
+        both = f"{shares['teacher_accuracy']} -> {shares['transductive_accuracy']}"
+        print(f"teacher -> student: {both} on the unlabeled images", end="")
+    if "inductive_accuracy" in summary:
+        print(f", {shares['teacher_inductive_accuracy']} -> {shares['inductive_accuracy']} on held-out ones", end="")
+    print(f"; {summary['seconds']:.0f} s on {summary['device']}")
     return 0
 
 
