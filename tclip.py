@@ -1213,13 +1213,15 @@ def write_whole(path, write):
 
 
 def write_csv(path, rows):
-    """Rows (dicts with the same keys) as a csv file with a header, in which no spreadsheet sees a formula."""
+    """Rows (an iterable of dicts with the same keys) as a csv file with a header; no spreadsheet sees a formula."""
 
     def write(draft):
         with open(draft, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows({key: guarded(value) for key, value in row.items()} for row in rows)
+            writer = csv.writer(file)
+            for i, row in enumerate(rows):
+                if i == 0:
+                    writer.writerow(row)
+                writer.writerow(map(guarded, row.values()))
 
     write_whole(path, write)
 
@@ -1473,19 +1475,19 @@ def run(config, resume=False):
 
 def write_results(config, images, probs, table, student, student_probs, summary, skipped):
     """labels.csv, model.pt, summary.json and, where tclip_report.py lies beside this file, the report."""
-    rows, out = [], Path(config.out)
-    for name, first, last in zip(images.names, probs, table):
-        before, after = first.argmax().item(), last.argmax().item()
-        rows.append(
-            dict(
-                file=name,
-                teacher_label=images.classes[before],
-                teacher_confidence=f"{first[before]:.4f}",
-                label=images.classes[after],
-                confidence=f"{last[after]:.4f}",
-                changed=int(before != after),
-            )
+    out, names = Path(config.out), images.classes
+    best = zip(images.names, *map(Tensor.tolist, (*probs.max(1), *table.max(1))))
+    rows = (
+        dict(
+            file=file,
+            teacher_label=names[a],
+            teacher_confidence=f"{p:.4f}",
+            label=names[b],
+            confidence=f"{q:.4f}",
+            changed=int(a != b),
         )
+        for file, p, a, q, b in best
+    )
     write_csv(out / "labels.csv", rows)
     model = dict(arch=config.arch, size=config.size, classes=images.classes, student=student.state_dict())
     save_tensors(out / "model.pt", model)
@@ -1528,13 +1530,15 @@ def predict_folder(config, path, model):
         write_csv(out / "skipped.csv", skipped)
         tell(f"{len(skipped)} of {len(source)} files are no readable images: see {out / 'skipped.csv'}")
     best = predict(student, pixels).topk(min(3, len(classes)))
-    rows = []
-    for name, values, numbers in zip(names, best.values.tolist(), best.indices.tolist()):
-        row = dict(file=name)
-        for rank, (value, number) in zip(("", "_2", "_3"), zip(values, numbers)):
-            row |= {f"label{rank}": classes[number], f"confidence{rank}": f"{value:.4f}"}
-        rows.append(row)
-    write_csv(out / "predictions.csv", rows)
+
+    def rows():
+        for name, values, numbers in zip(names, *best):
+            row = dict(file=name)
+            for rank, value, number in zip(("", "_2", "_3"), values.tolist(), numbers.tolist()):
+                row |= {f"label{rank}": classes[number], f"confidence{rank}": f"{value:.4f}"}
+            yield row
+
+    write_csv(out / "predictions.csv", rows())
     return out / "predictions.csv"
 
 
