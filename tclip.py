@@ -1106,8 +1106,9 @@ def read_labels(path):
                 raise UserError(f"{path}: its first line must name the columns: file,label or file,label,confidence")
             for row in reader:
                 name, label, confidence = (unguarded(row.get(k) or "") for k in ("file", "label", "confidence"))
-                if name in found:
-                    raise UserError(f"{path} has {name} twice (line {reader.line_num})")
+                if not name or not label or name in found:
+                    what = f"{name} twice" if name in found else "no file or no label"
+                    raise UserError(f"{path} has {what} in line {reader.line_num}")
                 found[name] = label, float(confidence or 1)
                 if not 0 <= found[name][1] <= 1:
                     raise UserError(f"{path}: confidence {confidence} of {name} is not within 0 and 1")
@@ -1124,6 +1125,8 @@ def plain(name):
 def class_numbers(labels, classes, path):
     """The labels as numbers of their classes, names compared as plain(). UserError: one is no class."""
     numbers = {plain(name): i for i, name in enumerate(classes)}
+    if len(numbers) < max(2, len(classes)):
+        raise UserError(f"two different classes are needed at least, and none twice: {', '.join(classes)}")
     for label in labels:
         if plain(label) not in numbers:
             raise UserError(f"{path}: {label!r} is not among the classes; there is: {nearest(label, classes)}")
@@ -1150,13 +1153,10 @@ def read_pseudo_labels(path, classes=None):
             raise UserError(f"{path}: probs are not finite, or below zero, or all zero for an image")
         if len(set(files)) < len(files):
             raise UserError(f"{path} has {next(f for f, n in Counter(files).items() if n > 1)} twice")
-        classes = classes or own
-        if len(own) != len(classes):
-            raise UserError(f"{path} has {len(own)} classes, not {len(classes)}: {', '.join(own)}")
-        columns = class_numbers(own, classes, path)
-        ordered = torch.empty_like(probs)
-        ordered[:, columns] = probs
-        return files, classes, ordered / ordered.sum(1, keepdim=True)
+        order = class_numbers(classes or own, own, path)
+        if len(order) != len(own):
+            raise UserError(f"{path} has {len(own)} classes, not {len(order)}: {', '.join(own)}")
+        return files, classes or own, (probs / probs.sum(1, keepdim=True))[:, order]
     found = read_labels(path)
     classes = classes or sorted({label for label, _ in found.values()})
     numbers = class_numbers([label for label, _ in found.values()], classes, path)
@@ -1363,18 +1363,18 @@ def free_folder(name):
 
 
 def listed(value, separator=None):
-    """Items of a setting: the lines of the text file that it names, or its parts between separators; None of None."""
+    """Items of a setting: the lines of the text file that it names, or else its parts between separators."""
     if value is None:
         return None
-    try:
-        parts = Path(value).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(value) else [value]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot read {value}: {first_line(error)}") from error
-    if separator and not os.path.isfile(value):
-        parts = value.split(separator)
+    parts = value.split(separator) if separator else [value]
+    if os.path.isfile(value):
+        try:
+            parts = Path(value).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"cannot read {value}: {first_line(error)}") from error
     items = [part.strip() for part in parts if part.strip()]
     if not items or len(set(items)) < len(items):
-        raise UserError(f"{value}: {'names something twice' if items else 'is empty'}")
+        raise UserError(f"{value} {'names something twice' if items else 'is empty'}")
     return items
 
 
