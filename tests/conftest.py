@@ -29,6 +29,16 @@ def mend_pkg_resources():
 mend_pkg_resources()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """Tests write to no real home: tclip's cache of features and every download go to a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("home"))
+        for name in ("HOME", "USERPROFILE"):
+            patch.setenv(name, folder)
+        yield folder
+
+
 @pytest.fixture(params=["clip", "open_clip"])
 def clip_package(request, monkeypatch):
     """Run the test twice: with the package `clip`, and without it, when tclip falls back on open_clip."""
