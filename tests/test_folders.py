@@ -61,7 +61,7 @@ def gray(values):
 
 
 def pictures(height, width):
-    """A PIL image for each mode, what else its file says, and its colours (H, W, 3): dict name -> (image, info, rgb)."""
+    """By mode: a PIL image of it, what else its file says, and the colours (H, W, 3) that one should see."""
     rng = np.random.default_rng(height)
     colours, shades, alpha = (rng.integers(0, 256, (height, width, *n), np.uint8) for n in ((3,), (), ()))
     ink, index = rng.integers(0, 256, (height, width, 4), np.uint8), rng.integers(0, 8, (height, width), np.uint8)
@@ -110,7 +110,7 @@ LOSSLESS = {  # extension: modes that it keeps as they are
     "pcx": ["1", "L", "P", "RGB"],
     "sgi": ["L", "RGB"],
     "dds": ["L", "RGB"],
-    "im": ["1", "L", "P", "RGB", "CMYK", "F"],
+    "jp2": ["L", "RGB", "RGBA"],
 }
 LOSSY = {"jpg": ["L", "RGB", "CMYK", "YCbCr"], "webp": ["RGB"], "mpo": ["RGB"]}
 UPRIGHT = {  # how a camera's sensor lay, by EXIF: what to do with the stored rows (H, W, 3), by hand
@@ -434,7 +434,16 @@ def test_nested_names_and_one_file(tmp_path):
 
 @pytest.mark.parametrize(
     "sides, expected",
-    [([1], 32), ([32], 32), ([63], 32), ([64], 64), ([20, 70, 70], 64), ([96], 96), ([500] * 30, 128), ([9, 9, 200], 32)],
+    [
+        ([1], 32),
+        ([32], 32),
+        ([63], 32),
+        ([64], 64),
+        ([20, 70, 70], 64),
+        ([96], 96),
+        ([500] * 30, 128),
+        ([9, 9, 200], 32),
+    ],
 )
 def test_usual_size(sides, expected, tmp_path):
     """The student's images are as large as half of the images are, within reason; what is no image has no say."""
@@ -444,7 +453,9 @@ def test_usual_size(sides, expected, tmp_path):
     assert Folder(tmp_path).usual_size() == expected
 
 
-@pytest.mark.parametrize("files, word", [({}, "no file"), ({"a.txt": "text"}, "no readable image"), (None, "not exist")])
+@pytest.mark.parametrize(
+    "files, word", [({}, "no file"), ({"a.txt": "text"}, "no readable image"), (None, "not exist")]
+)
 def test_nothing_to_read(files, word, tmp_path, capfd):
     """No folder, an empty one, and one without images: one line."""
     if files is not None:
@@ -470,5 +481,3 @@ def test_folder_is_left_as_it_was(planted):
     before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in planted.iterdir()}
     read_images(Folder(planted), SIZE, strict=False)
     assert before == {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in planted.iterdir()}
-
-
