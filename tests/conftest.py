@@ -87,7 +87,11 @@ def reference():
 
 NURSERY = """
 import json, os, signal, sys, traceback
-import sklearn.datasets, sklearn.model_selection, tclip
+import tclip
+try:  # what else a run loads
+    import matplotlib.figure, sklearn.datasets, tclip_report
+except ImportError:
+    pass
 for line in sys.stdin:
     job = json.loads(line)
     if "poll" in job:
