@@ -136,9 +136,13 @@ HALF = [("a", "red", "0.5"), ("b", "blue", "0.5")]
         (dict(probs=np.array([["x", "y"], ["z", "w"]])), []),
         (dict(files=np.array(["a", "a"])), ["a twice"]),
         (dict(files=np.array(["a"])), ["1 files"]),
-        (dict(classes=np.array(["red", "blu"])), ["'blu'", "blue"]),
+        (dict(classes=np.array(["red", "blu"])), ["blu", "blue"]),
         (dict(classes=np.array(["red", "blue", "green"]), probs=np.full((2, 3), 0.3)), ["3 classes, not 2"]),
-        (dict(classes=np.array(["red", "red"])), []),
+        (dict(classes=np.array(["red", "red"])), ["none twice"]),
+        (dict(classes=np.array(["blue", "Blue_"])), ["none twice"]),
+        (dict(classes=np.array([0, 1])), []),
+        (dict(files=np.array([["a", "b"], ["c", "d"]])), []),
+        (dict(classes=np.array([["red", "blue"]] * 2)), []),
         (dict(probs=None), ["probs"]),
     ],
 )  # fmt: skip
@@ -148,7 +152,7 @@ def test_wrong_npz(changes, words, tmp_path):
     np.savez(tmp_path / "answers.npz", **content)
     with pytest.raises(UserError) as error:
         read_pseudo_labels(tmp_path / "answers.npz", ["red", "blue"])
-    assert "answers.npz" in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and ("answers.npz" in str(error.value) or "none twice" in words)
     assert all(word in str(error.value) for word in words), error.value
 
 
