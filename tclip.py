@@ -91,18 +91,17 @@ class Config:
     arch: str = setting(None, "student: resnet8, or any resnet of torchvision")
     views: str = setting(None, "augmentation", choices=("photo", "overhead", "street", "writing"))
     epochs: int = setting(40, "passes over the images", low=1)
-    batch_size: int = setting(256, "images a step, each seen in two views", low=2)
+    batch_size: int = setting(128, "images a step, each seen in two views", low=2)
     lr: float = setting(0.1, "peak learning rate for a batch of 256, scaled linearly with it", low=0.0)
     weight_decay: float = setting(5e-4, "L2 penalty", low=0.0)
     temperature: float = setting(0.5, "of the contrastive loss", low=1e-3)
     c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", low=0.0)
     positives: str = setting("instance", "what the contrastive loss pulls together", choices=("instance", "class"))
     negatives: str = setting("other", "what it pushes apart", choices=("all", "other", "same"))
-    label_momentum: float = setting(0.9, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
+    label_momentum: float = setting(0.5, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
     class_prior: str = setting(None, "uniform: classes are about equally frequent; none: not", ("uniform", "none"))
     label_neighbours: int = setting(20, "images whose predictions make an ensemble label; 0: only its own", low=0)
     label_sharpness: float = setting(2.0, "power of the predictions before they are mixed in; 1: as they are", low=0.1)
-    label_warmup: int = setting(2, "epochs before the ensemble labels start to move", low=0)
     seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
@@ -206,7 +205,7 @@ def neighbour_mean(embeddings, values, k, pool=50_000):
     """
     members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
     bank, k = embeddings[members].T, min(k, len(members))
-    nearby = members[torch.cat([(rows @ bank).topk(k).indices for rows in embeddings.split(1024)])]  # (N, k)
+    nearby = members[torch.cat([(rows @ bank).topk(k).indices for rows in embeddings.split(256)])]  # (N, k)
     total = torch.zeros_like(values)
     for column in nearby.T:  # not values[nearby].mean(1), whose (N, k, C) numbers would be gigabytes
         total += values[column]
@@ -229,22 +228,29 @@ def balance(probs, iterations=20):
 
 
 class EnsembleLabels:
-    """Pseudo-labels that follow the student: once an epoch, T <- m T + (1 - m) q.
+    """Pseudo-labels that follow the student as far as it can be trusted. Once an epoch
 
-    q is the student's mean prediction over the views that it saw of an image in that epoch (no extra forward pass),
-    averaged over the image's nearest neighbours in the student's embedding, sharpened, and balanced over the classes.
+        T <- m T + (1 - m) ((1 - w) T0 + w q).
+
+    T0 are the teacher's predictions, balanced over the classes. q is the student's mean prediction over the views that
+    it saw of an image in that epoch (no extra forward pass), averaged over the image's nearest neighbours in the
+    student's embedding, sharpened, and balanced. w, the trust, is how much of one mind the neighbours are: the chance,
+    averaged over all images, that two of them asked at random name the same class. At first, and for ever where a
+    student cannot make sense of the images, w is small and the labels stay the teacher's.
+
     The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). The rest is
     our addition: a wrong label has right neighbours; a whole group that is named wrongly shows in the size of its
-    class; and averages, averaged again each epoch, would fade to grey without the sharpening (MixMatch, Berthelot et
-    al. 2019).
+    class; averages, averaged again each epoch, would fade to grey without the sharpening (MixMatch, Berthelot et al.
+    2019); and labels that follow a student which knows less than they do would get worse, and so would the student.
 
-    probs: (N, C), the teacher's predictions; T starts from them, balanced as well. momentum: m, in [0, 1]. neighbours:
-    how many, 0 for none. sharpness: q is raised to this power. `table` is T, float32 (N, C), rows on the simplex.
+    probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: q is
+    raised to this power. `table` is T, float32 (N, C), rows on the simplex; `trust` is w of the last epoch.
     """
 
-    def __init__(self, probs, momentum=0.9, neighbours=20, sharpness=2.0, balanced=True):
+    def __init__(self, probs, momentum=0.5, neighbours=20, sharpness=2.0, balanced=True):
         self.momentum, self.neighbours, self.sharpness, self.balanced = momentum, neighbours, sharpness, balanced
-        self.table = balance(probs) if balanced else probs.float().clone()
+        self.start = balance(probs) if balanced else probs.float()  # T0
+        self.table, self.trust = self.start.clone(), 0.0
         self.predictions = torch.zeros_like(self.table)  # sums over this epoch's views
         self.embeddings = None
 
@@ -259,17 +265,19 @@ class EnsembleLabels:
         self.predictions.index_add_(0, index, probs.detach().float())
         self.embeddings.index_add_(0, index, embeddings.detach().float())
 
-    def end_epoch(self, update=True):
-        """Mix what was recorded into T or (update=False, in the warm-up) drop it. Images not seen keep their label."""
+    def end_epoch(self):
+        """Mix what was recorded into T. Images that were not seen keep their label."""
         views = self.predictions.sum(1)  # how many of each image: predictions sum to 1
         seen = views > 0
-        if update and seen.any():
+        if seen.any() and self.momentum < 1:
             q = self.predictions[seen] / views[seen, None]
             if self.neighbours:
                 q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
+            self.trust = q.square().sum(1).mean().item()
             q = q**self.sharpness
             q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
-            self.table[seen] = self.momentum * self.table[seen] + (1 - self.momentum) * q
+            q = torch.lerp(self.start[seen], q, self.trust)
+            self.table[seen] = torch.lerp(q, self.table[seen], self.momentum)
         self.predictions.zero_()
         self.embeddings = None
 
@@ -460,7 +468,7 @@ def train(config, images, probs, out=None, on_epoch=None):
         started = time.time()
         torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # the draws of an epoch depend on no earlier one
         cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar)
-        labels.end_epoch(update=epoch >= config.label_warmup)
+        labels.end_epoch()
         row = dict(
             epoch=epoch + 1,
             loss=cross_entropy + config.c3l_weight * c3l,
@@ -468,6 +476,7 @@ def train(config, images, probs, out=None, on_epoch=None):
             c3l=c3l,
             lr=learning_rate(config, (epoch + 1) / config.epochs),
             labels_changed=(labels.table.argmax(1) != first_labels).float().mean().item(),
+            trust=labels.trust,
             seconds=round(time.time() - started, 3),
         )
         if not math.isfinite(row["loss"]):

@@ -203,8 +203,8 @@ def curves(config, history):
     losses = [(name, [float(row[key]) for row in history]) for name, key in kinds]
     changed = [("labels changed", [100 * float(row["labels_changed"]) for row in history])]
     lead = "The losses should fall, then level off; the labels should move, then settle."
-    if config.class_prior == "uniform" and config.label_warmup:
-        lead += f" What differs in the first {count(config.label_warmup, 'epoch')} comes of balancing the classes."
+    if config.class_prior == "uniform":
+        lead += " Where some differ already at the start, balancing the classes moved them."
     charts = f"<div class=pair>{chart(epochs, losses)}{chart(epochs, changed, ' %')}</div>"
     return section("How the training went", lead, charts)
 

@@ -20,7 +20,7 @@ from PIL import Image
 import tclip
 from tclip import Teacher, UserError, cached, main, match, read_pseudo_labels, square
 
-TINY = ("--size", "8", "--arch", "resnet8", "--epochs", "2", "--label-warmup", "1", "--label-neighbours", "3")
+TINY = ("--size", "8", "--arch", "resnet8", "--epochs", "2", "--label-neighbours", "3")
 COLOURS = {"red": (200, 30, 20), "green": (10, 180, 40), "blue": (20, 40, 210)}
 CLASSES = list(COLOURS)
 GUARDED = ["=SUM(A1)", "+1", "-1", "@you", "\ttab", "\rreturn", "'=was guarded", "''+twice", "'plain", "plain=", "a'b"]

@@ -40,7 +40,7 @@ def given(tmp_path_factory):
         csv.writer(file).writerow(("broken.png", "red"))
     arguments = ["--images", root / "photos", "--pseudo-labels", root / "teacher.csv", "--classes", ",".join(CLASSES)]
     arguments += ["--truth", root / "truth.csv", "--size", 8, "--arch", "resnet8", "--epochs", EPOCHS]
-    return [*arguments, "--batch-size", 16, "--label-warmup", 1, "--label-neighbours", 5, "--device", "cpu"]
+    return [*arguments, "--batch-size", 16, "--label-neighbours", 5, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def opinion(n=N):
 
 
 def settings(**changes):
-    values = dict(size=8, epochs=4, batch_size=16, label_warmup=1, label_neighbours=3, device="cpu", out="unused")
+    values = dict(size=8, epochs=4, batch_size=16, label_neighbours=3, device="cpu", out="unused")
     return complete(Config(**(values | changes)))
 
 
@@ -203,7 +203,7 @@ def test_predictions_are_recorded_for_their_image(monkeypatch):
 def test_label_warm_up(prior):
     """Labels begin as the teacher's, balanced or not, rest through the warm-up, and then move."""
     tables, begin = [], tclip.balance(opinion()) if prior == "uniform" else opinion()
-    config = settings(label_warmup=2, class_prior=prior)
+    config = settings(class_prior=prior)
     train(config, tiny(), opinion(), on_epoch=lambda row, student, labels: tables.append(labels.table.clone()))
     assert torch.equal(tables[0], begin) and torch.equal(tables[1], begin)
     assert not torch.equal(tables[2], begin) and not torch.equal(tables[3], tables[2])
