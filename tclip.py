@@ -1152,8 +1152,10 @@ def read_pseudo_labels(path, classes=None):
     if Path(path).suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as data:
-                files, own, probs = data["files"].tolist(), data["classes"].tolist(), data["probs"]
-            probs = torch.from_numpy(probs.astype(np.float32))
+                files, own, probs = data["files"], data["classes"], data["probs"]
+            if files.dtype.kind != "U" or own.dtype.kind != "U" or files.ndim != 1 or own.ndim != 1:
+                raise ValueError("files and classes must be lists of strings")
+            files, own, probs = files.tolist(), own.tolist(), torch.from_numpy(probs.astype(np.float32))
         except Exception as error:  # numpy and zipfile raise a dozen kinds
             raise UserError(f"cannot read {path} (npz with files, classes, probs): {first_line(error)}") from error
         if probs.shape != (len(files), len(own)):
@@ -1167,10 +1169,12 @@ def read_pseudo_labels(path, classes=None):
             raise UserError(f"{path} has {len(own)} classes, not {len(order)}: {', '.join(own)}")
         return files, classes or own, (probs / probs.sum(1, keepdim=True))[:, order]
     found = read_labels(path)
-    classes = classes or sorted({label for label, _ in found.values()})
-    numbers = class_numbers([label for label, _ in found.values()], classes, path)
-    confidence = torch.tensor([confidence for _, confidence in found.values()])[:, None]  # (N, 1)
-    mine = F.one_hot(torch.tensor(numbers), len(classes))
+    if not found:
+        raise UserError(f"{path} has no row")
+    labels, confidence = zip(*found.values())
+    classes = classes or sorted(set(labels))
+    mine = F.one_hot(torch.tensor(class_numbers(labels, classes, path)), len(classes))
+    confidence = torch.tensor(confidence)[:, None].clamp_min(1 / len(classes))  # (N, 1): a label is the likeliest class
     return list(found), classes, mine * confidence + (1 - mine) * (1 - confidence) / (len(classes) - 1)
 
 
@@ -1360,7 +1364,8 @@ def complete(config):
         return replace(
             config, out=str(free_folder(Path(config.images).resolve().name if config.images else config.dataset))
         )
-    if Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
+    there = [Path(config.out)] if Path(config.out).is_file() else Path(config.out).glob("*")
+    if any(path.suffix != ".part" for path in there):  # but a draft may lie there, of a run that broke off at once
         raise UserError(f"{config.out} is not empty: choose another --out, or go on with --resume {config.out}")
     return config
 

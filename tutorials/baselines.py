@@ -365,7 +365,7 @@ SUPCON = dict(c3l_weight=1.0, positives="class", negatives="all", temperature=0.
 METHODS = {
     "cross-entropy": Method("the plain way", hard, settings=FIXED | NO_C3L),
     "soft labels": Method("distillation, Hinton et al. 2015", soft, settings=FIXED | NO_C3L),
-    "soft labels, balanced": Method("the same on tclip.balance() of them", tclip.balance, settings=FIXED | NO_C3L),
+    "balanced labels": Method("soft labels by tclip.balance()", tclip.balance, settings=FIXED | NO_C3L),
     "label smoothing": Method("Szegedy et al. 2016", smoothed, settings=FIXED | NO_C3L),
     "GCE": Method("Zhang and Sabuncu 2018", train=train_with_loss, own=dict(loss=GCE, q=0.7)),
     "SCE": Method("Wang et al. 2019", train=train_with_loss, own=dict(loss=SCE, alpha=0.1, beta=1.0, A=-4.0)),
