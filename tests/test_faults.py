@@ -221,21 +221,24 @@ def test_flipped_bits(copy, nursery, tmp_path):
             check_one_line(child.output, "checkpoint.pt")
 
 
-def test_checkpoint_of_other_images(given, whole, nursery, tmp_path):
-    """A run goes on with the images and classes that it began with: with one more image, fewer, or another teacher's
-    classes it is told, and its checkpoint stays."""
-    run = shutil.copytree(whole[0], tmp_path / "run")
-    photos = shutil.copytree(given[1], tmp_path / "photos")
-    config = json.loads((run / "config.json").read_text())
-    before = (run / "checkpoint.pt").read_bytes()
-    (run / "config.json").write_text(json.dumps(config | dict(images=str(photos))))
-    shutil.copy(photos / "00.png", photos / "extra.png")
-    child = nursery.tclip("--resume", "run", cwd=tmp_path)
-    assert child.wait() == 2 and "checkpoint.pt is of another run" in child.output
-    (run / "config.json").write_text(json.dumps(config | dict(classes="green,red,blue")))
-    child = nursery.tclip("--resume", "run", cwd=tmp_path)
-    assert child.wait() == 2 and "checkpoint.pt is of another run" in child.output
-    assert (run / "checkpoint.pt").read_bytes() == before
+@pytest.mark.parametrize("change", ["one more", "one less", "another name"])
+def test_checkpoint_of_other_images(change, given, copy, nursery, tmp_path):
+    """A run goes on with the images that it began with: where the folder holds others by now it is told, and the
+    checkpoint stays."""
+    before, photos = (copy / "checkpoint.pt").read_bytes(), given[1]
+    first, other = photos / "00.png", photos / "00 other.png"
+    shutil.copy(first, tmp_path / "kept.png")
+    try:
+        if change != "one less":
+            shutil.copy(first, other)
+        if change != "one more":
+            first.unlink()
+        child = nursery.tclip("--resume", "run", cwd=tmp_path)
+        assert child.wait() == 2 and "checkpoint.pt is of another run" in child.output, child.output
+    finally:
+        other.unlink(missing_ok=True)
+        shutil.copy(tmp_path / "kept.png", first)
+    assert (copy / "checkpoint.pt").read_bytes() == before
 
 
 def test_checkpoint_with_code_in_it(copy, nursery, tmp_path):

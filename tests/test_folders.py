@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import struct
 import sys
 import zlib
@@ -18,6 +19,19 @@ from tclip import Folder, main, read_images, square
 SIZE = 16  # of the student's images, and of most images here: what is read is then what was written, to the pixel
 TINY = ("--size", SIZE, "--arch", "resnet8", "--epochs", "1", "--device", "cpu", "--label-neighbours", "3")
 posix = pytest.mark.skipif(os.name != "posix", reason="such files need a POSIX system")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_endless_wait():
+    """A named pipe that is opened waits for ever: end that as a failure."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for ever"))
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def rows_of(path):
