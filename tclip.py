@@ -778,6 +778,8 @@ class Folder(torch.utils.data.Dataset):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images, broken EXIF and the like
             with Image.open(path) as image:
+                if image.format == "EPS":
+                    raise OSError("EPS is a program, which is not run")
                 return upright_rgb(image), self.labels.get(self.names[i], -1)
 
     def usual_size(self):
@@ -916,7 +918,8 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
                 rows.append(encode(torch.from_numpy(views[1][good])).cpu())
     bar.close()
     if not kept:
-        raise UserError(f"{title}: there is no readable image among {len(source)} files")
+        first = ", such as {file}: {reason}".format(**skipped[0]) if skipped else ""
+        raise UserError(f"{title}: none of {len(source)} files is a readable image{first}")
     if isinstance(pixels, PixelFile):
         pixels.shape = (len(kept), *shape[1:])
     else:
@@ -1135,7 +1138,7 @@ def class_numbers(labels, classes, path):
     """The labels as numbers of their classes, names compared as plain(). UserError: one is no class."""
     numbers = {plain(name): i for i, name in enumerate(classes)}
     if len(numbers) < max(2, len(classes)):
-        raise UserError(f"two different classes are needed at least, and none twice: {', '.join(classes)}")
+        raise UserError(f"{path}: two classes are needed at least, and none twice: {', '.join(classes)}")
     for label in labels:
         if plain(label) not in numbers:
             raise UserError(f"{path}: {label!r} is not among the classes; there is: {nearest(label, classes)}")
@@ -1203,7 +1206,7 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen kinds, by what is wrong with it
-        reason = "cut off? If so, delete it"
+        reason = "cut off? If so, delete it" if Path(path).is_file() else "there is no such file"
         if "TorchScript" in str(error):
             reason = "it is TorchScript; if OpenAI's, lay it into ~/.cache/clip and name the model"
         raise UserError(f"cannot read {path} as a file of tensors: {reason}") from error
@@ -1361,9 +1364,8 @@ def complete(config):
     if config.size is None:
         config = replace(config, size=Folder(config.images).usual_size())
     if config.out is None:
-        return replace(
-            config, out=str(free_folder(Path(config.images).resolve().name if config.images else config.dataset))
-        )
+        name = Path(config.images).resolve().name if config.images else config.dataset
+        return replace(config, out=str(free_folder(name)))
     there = [Path(config.out)] if Path(config.out).is_file() else Path(config.out).glob("*")
     if any(path.suffix != ".part" for path in there):  # but a draft may lie there, of a run that broke off at once
         raise UserError(f"{config.out} is not empty: choose another --out, or go on with --resume {config.out}")
