@@ -241,7 +241,8 @@ class EnsembleLabels:
     The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). The rest is
     our addition: a wrong label has right neighbours; a whole group that is named wrongly shows in the size of its
     class; averages, averaged again each epoch, would fade to grey without the sharpening (MixMatch, Berthelot et al.
-    2019); and labels that follow a student which knows less than they do would get worse, and so would the student.
+    2019); labels that follow a student which knows less than they do would get worse, and so would the student, so the
+    teacher keeps a share, as the given labels do in label propagation (Zhou et al. 2004).
 
     probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: q is
     raised to this power. `table` is T, float32 (N, C), rows on the simplex; `trust` is w of the last epoch.
@@ -273,6 +274,7 @@ class EnsembleLabels:
             q = self.predictions[seen] / views[seen, None]
             if self.neighbours:
                 q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
+            # One trust for all, not image by image: what is named wrongly lies in mixed neighbourhoods.
             self.trust = q.square().sum(1).mean().item()
             q = q**self.sharpness
             q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
