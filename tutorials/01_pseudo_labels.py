@@ -244,8 +244,9 @@ ax.legend(patches, ["before", "after the neighbours' vote"], loc="center left", 
 plt.show()
 (start, dice_end), (_, own_end) = outcome.values()
 takeaway(
-    f"of {start:.1%} wrong labels the neighbours' vote leaves {dice_end:.1%} if the errors are diced, and {own_end:.1%} "
-    "if they are CLIP's own: its errors lie in the images, and images that look alike are wrong together."
+    f"of {start:.1%} wrong labels the neighbours' vote leaves {dice_end:.1%} if the errors are diced, and "
+    f"{own_end:.1%} if they are CLIP's own: its errors lie in the images, and images that look alike are wrong "
+    f"together."
 )
 
 # %% [markdown]
@@ -329,8 +330,8 @@ plt.show()
 half, of_worst = order[: N // 2], images.truth == worst
 takeaway(
     f"in the more confident half {right[half].float().mean():.0%} are right, but of {of_worst.sum()} images of "
-    f"{images.classes[worst]} it holds {(right & of_worst)[half].sum()} with the right name. Selecting cleans the labels, "
-    "at the cost of the class that needs help most."
+    f"{images.classes[worst]} it holds {(right & of_worst)[half].sum()} with the right name. Selecting cleans "
+    "the labels, at the cost of the class that needs help most."
 )
 
 # %% [markdown]
