@@ -44,6 +44,7 @@ except ImportError:
     import tclip
 
 # %%
+import os
 import time
 
 import matplotlib.pyplot as plt
@@ -52,6 +53,7 @@ import torch.nn.functional as F
 from plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, takeaway
 
 started = time.time()
+STEPS = 20 if os.environ.get("TCLIP_QUICK") == "1" else 400  # few, to test that all cells run
 torch.manual_seed(0)
 contrast = tclip.class_conditional_contrastive_loss
 DEFAULT = tclip.Config()  # which choice tclip makes when you say nothing
@@ -121,7 +123,7 @@ def title(choice):
 one_class, no_class = torch.ones(B, 1), torch.eye(B)  # everybody agrees; nobody does
 for choice in CHOICES:
     same, different = contrast(z, one_class, 0.5, *choice), contrast(z, no_class, 0.5, *choice)
-    print(f"{title(choice):28} all of one class: {same:.4f}    all of different classes: {different:.4f}")
+    print(f"{title(choice):28} all of one class: {same.abs():.4f}    all of different classes: {different.abs():.4f}")
 alone = contrast(z, one_class, 0.5, "instance", "other")
 apart = contrast(z, no_class, 0.5, "instance", "other")
 takeaway(
@@ -170,9 +172,8 @@ for name, labels in kinds.items():
 hard = kinds["CLIP, hard"] @ kinds["CLIP, hard"].T
 pulled_wrongly = strangers[hard.bool() & pair].float().mean()
 takeaway(
-    f"of all pairs that CLIP's best names call classmates {pulled_wrongly:.0%} are of different classes: this is "
-    f"what a "
-    "loss that pulls classmates pulls together by mistake."
+    f"of all pairs that CLIP's best names call classmates {pulled_wrongly:.0%} are of different classes: this is what "
+    "a loss that pulls classmates pulls together by mistake."
 )
 
 # %% [markdown]
@@ -182,7 +183,7 @@ takeaway(
 # sum over the other rows, each of which pulls or pushes along its own direction; and as long as these directions are
 # independent, the sum can be taken apart by solving a linear system. The vectors are drawn at random here, nearly at
 # right angles to each other, so that what you see comes from the weights alone. There are three classes of four images,
-# and the labels are right.
+# and the labels are right. (Colours show the root of a force, so that weak ones can be seen as well.)
 
 # %%
 size, members = 3, 4
@@ -196,7 +197,7 @@ for ax, choice in zip(axes, CHOICES):
     contrast(moving, targets, 0.5, *choice).backward()
     forces = torch.linalg.lstsq(z.T, -moving.grad.T).solution.T  # forces[i, j]: of row j on row i
     forces = forces[by_image][:, by_image] / forces.abs().max()
-    forces = forces.sign() * forces.abs().sqrt()  # the root, so that weak ones can be seen as well
+    forces = forces.sign() * forces.abs().sqrt()
     picture = ax.imshow(forces, cmap="PuOr", vmin=-1, vmax=1)
     for edge in range(1, size):
         ax.axhline(2 * members * edge - 0.5, color=BLACK, lw=0.6)
@@ -209,8 +210,7 @@ bar.ax.set_yticklabels(["pushes", "nothing", "pulls"])
 plt.show()
 takeaway(
     "the small squares along the diagonal are the two views of an image, which pull each other in every case. The "
-    "choices "
-    "differ in the boxes of a class (pull, push, or let alone) and outside them (push or let alone)."
+    "choices differ in the boxes of a class (pull, push, or let alone) and outside them (push or let alone)."
 )
 
 # %% [markdown]
@@ -219,7 +219,7 @@ takeaway(
 # Now a student with an embedding in the plane. A vector of length one is then a point on a circle, and can only move
 # along it. Six images, two views each; three images are of class A (circles) and three of class B (squares), and the
 # groups have begun to part. An arrow shows where a small step of gradient descent would take a point. In the lower row
-# one image of class A carries the label B: its two views have a red edge. All else is the same.
+# one image of class A carries the label B: its two views have a red ring. All else is the same.
 
 # %%
 angles = torch.tensor([20.0, 55.0, 80.0, 120.0, 150.0, 190.0])  # A A A B B B
@@ -242,21 +242,27 @@ def force(turn, targets, choice, temperature=0.5):
     return -turn.grad
 
 
-def draw(ax, turn, targets, choice, temperature=0.5, wrong=False, scale=1.0):
-    ax.add_patch(plt.Circle((0, 0), 1, fill=False, color="lightgray"))
+def draw(ax, turn, targets, choice, temperature=0.5, wrong=False, scale=1.0, reach=(-0.6, 1.7)):
+    """The points on the circle, the forces on them outside of it, and a red ring around those with the wrong label."""
+    ax.add_patch(plt.Circle((0, 0), 1, fill=False, color="lightgray", zorder=0))
     x, y = turn.cos(), turn.sin()
-    push = scale * force(turn, targets, choice, temperature)
-    ax.quiver(x, y, -push * y, push * x, angles="xy", scale_units="xy", scale=0.16, width=0.014, color=BLACK, zorder=3)
+    if scale:
+        push = scale * force(turn, targets, choice, temperature) / 0.3
+        ax.quiver(
+            1.16 * x, 1.16 * y, -push * y, push * x, angles="xy", scale_units="xy", scale=1, width=0.011, color=BLACK
+        )
     for group, marker, color in ((~is_b, "o", SKY), (is_b, "s", ORANGE)):
         group = group.repeat(2)
-        edges = [RED if wrong and i % 6 == WRONG else "white" for i in group.nonzero()[:, 0].tolist()]
-        ax.scatter(x[group], y[group], s=70, marker=marker, color=color, edgecolors=edges, linewidths=1.8, zorder=2)
-    ax.set(xlim=(-1.6, 1.6), ylim=(-0.8, 1.6), aspect="equal", xticks=[], yticks=[])
+        ax.scatter(x[group], y[group], s=50, marker=marker, color=color, edgecolors="white")
+    if wrong:
+        rings = [WRONG, WRONG + 6]
+        ax.scatter(x[rings], y[rings], s=100, facecolors="none", edgecolors=RED, linewidths=1.8, zorder=3)
+    ax.set(xlim=(-1.75, 1.75), ylim=reach, aspect="equal", xticks=[], yticks=[])
     for side in ax.spines.values():
         side.set_visible(False)
 
 
-figure, axes = plt.subplots(2, 5, figsize=(14, 4.9))
+figure, axes = plt.subplots(2, 5, figsize=(14, 4.3))
 for column, choice in zip(axes.T, CHOICES):
     draw(column[0], turn, labels_with(0), choice)
     draw(column[1], turn, labels_with(1), choice, wrong=True)
@@ -291,13 +297,13 @@ ax.axhline(0, color="gray", lw=0.8)
 ax.set(xlabel="share of the label on the wrong class", ylabel="force towards\nthe wrong class")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
-rise = {choice: towards_b(1, choice) - towards_b(0, choice) for choice in CHOICES}
-most, least = max(rise, key=rise.get), min(rise, key=rise.get)
+turns = {}  # the share of the label at which the force begins to point at the wrong class
+for choice in (("class", "all"), ("class", "other"), ("instance", "other")):
+    turns[choice] = next((s for s in shares.tolist() if towards_b(s, choice) > 0), float("nan"))
+    print(f"{title(choice):28} points to the wrong class from a share of {turns[choice]:.0%} on")
 takeaway(
-    f"a wrong label changes the force towards the wrong class by {rise[('class', 'all')]:+.3f} with SupCon's "
-    f"choice, by "
-    f"{rise[('instance', 'other')]:+.3f} with instance + other, and by {rise[('instance', 'all')]:+.3f} with SimCLR's, "
-    f"which reads no label. It changes most with {title(most)}."
+    f"with SupCon's choice {turns[('class', 'all')]:.0%} of the label on the wrong class are enough to turn the image "
+    f"towards it, with instance + other it takes {turns[('instance', 'other')]:.0%}."
 )
 
 # %% [markdown]
@@ -305,43 +311,69 @@ takeaway(
 # pushed off by its own. But nothing *pulls* it to where it does not belong. A label in that loss can only decide whom
 # to leave alone. What is pulled together rests on something that cannot be wrong: that two views are of the same image.
 #
+# (With instance + same it is the reverse: labels decide who is pushed, and a wrong one drives the image away from the
+# wrong class. That choice leaves the parting of the classes to cross-entropy.)
+#
 # ## Where do the points end up?
 #
-# Let the points go on, each by small steps along its force, with the wrong label in place. (In a student they are not
-# free: all are the output of one network, which sees images that look alike as alike. Here they are, so take it as a
-# cartoon.)
+# Let the points go on, each by small steps along its force: in the upper row with an undecided label, half and half, in
+# the lower one with a label that is entirely wrong. The lines are the ways of the points, from the outside in. (In a
+# student they are not free: all are the output of one network, to which images that look alike are alike, and there is
+# room for more than a circle has. So take it as a cartoon.)
+
 
 # %%
-figure, axes = plt.subplots(1, 5, figsize=(14, 2.8))
-ends = {}
-for ax, choice in zip(axes, CHOICES):
-    now, targets = turn.clone(), labels_with(1)
-    path = [now]
-    for _ in range(400):
-        now = now + 0.2 * force(now, targets, choice)
-        path.append(now)
-    radius = torch.linspace(1.45, 1.05, len(path))[:, None]  # from the outside in, so that the way can be seen
-    path = torch.stack(path)
-    for i in range(len(now)):
-        color = RED if i % 6 == WRONG else ORANGE if is_b[i % 6] else SKY
-        ax.plot(radius * path[:, i : i + 1].cos(), radius * path[:, i : i + 1].sin(), color=color, lw=1.2)
-    draw(ax, now, targets, choice, wrong=True)
-    ax.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), title=title(choice))
-    point = torch.stack([now.cos(), now.sin()], 1)
-    mine = point[[WRONG, WRONG + 6]].mean(0)
-    own = point[[0, 2, 6, 8]] @ mine
-    ends[choice] = own.mean().item(), (point[[3, 4, 5, 9, 10, 11]] @ mine).mean().item()
+def settle(targets, choice):
+    """The angles of the points at all steps: (steps, 12)."""
+    path = [turn]
+    for _ in range(STEPS):
+        path.append(path[-1] + 0.2 * force(path[-1], targets, choice))
+    return torch.stack(path)
+
+
+def nearness(turn):
+    """Mean cosine of the mislabelled image with its own class and with the wrong one."""
+    points = torch.stack([turn.cos(), turn.sin()], 1)  # (12, 2)
+    cosines = (points @ points[[WRONG, WRONG + 6]].mean(0)).view(2, 6).mean(0)
+    return cosines[[0, 2]].mean().item(), cosines[is_b].mean().item()
+
+
+figure, axes = plt.subplots(2, 5, figsize=(14, 5.4))
+for column, choice in zip(axes.T, CHOICES):
+    column[0].set_title(title(choice), fontsize=10)
+    for ax, share in zip(column, (0.5, 1.0)):
+        path = settle(labels_with(share), choice)
+        radius = torch.linspace(1.6, 1.08, len(path))
+        for i, way in enumerate(path.T):
+            color = RED if i % 6 == WRONG else ORANGE if is_b[i % 6] else SKY
+            ax.plot(radius * way.cos(), radius * way.sin(), color=color, lw=1.2)
+        draw(ax, path[-1], labels_with(share), choice, wrong=True, scale=0, reach=(-1.7, 1.7))
+for ax, label in zip(axes[:, 0], ("undecided label", "wrong label")):
+    ax.set_ylabel(label)
 plt.show()
-for choice, (own, other) in ends.items():
-    print(
-        f"{title(choice):28} mean cosine of the mislabelled image with its own class {own:+.2f}, with the wrong one "
-        f"{other:+.2f}"
-    )
+
+# %%
+shares = torch.linspace(0, 1, 11)
+figure, ax = plt.subplots(figsize=(7, 3.2))
+ends = {}
+for choice in CHOICES:
+    color, line = LINES[choice]
+    ends[choice] = [nearness(settle(labels_with(s), choice)[-1])[1] for s in shares.tolist()]
+    ax.plot(shares, ends[choice], color=color, ls=line, label=title(choice))
+ax.axhline(0, color="gray", lw=0.8)
+ax.set(xlabel="share of the label on the wrong class", ylabel="cosine with the\nwrong class, at the end")
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+plt.show()
+supcon, ours = ends[("class", "all")], ends[("instance", "other")]
 takeaway(
-    f"with SupCon's choice the mislabelled image ends at a cosine of {ends[('class', 'all')][1]:+.2f} with the "
-    f"wrong class; "
-    f"with instance + other at {ends[('instance', 'other')][1]:+.2f}."
+    f"an undecided label ends at a cosine of {supcon[5]:+.2f} with the wrong class under SupCon's choice, and of "
+    f"{ours[5]:+.2f} under instance + other. A label that is wrong and sure of it wins in both ({supcon[-1]:+.2f} and "
+    f"{ours[-1]:+.2f}): pushed off by its own class, the image has nowhere else to go in this plane."
 )
+
+# %% [markdown]
+# So no choice of weights makes sure errors harmless. They have to be found and mended, or at least doubted: that is the
+# subject of [notebook 3](03_ensemble_labels.ipynb).
 
 # %% [markdown]
 # ## What does the temperature do?
@@ -363,9 +395,10 @@ for ax, t in zip(axes[1:], (0.1, 2.0)):
     draw(ax, turn, labels_with(0), ("instance", "other"), t, scale=t / 0.5)
     ax.set_title(f"instance + other, temperature {t}")
 plt.show()
-top = {t: share[cosine > 0.79].sum().item() for t, share in push_share.items()}
+CLOSE = 0.8
+top = {t: share[cosine > CLOSE - 1e-4].sum().item() for t, share in push_share.items()}
 takeaway(
-    "the share of the push that comes from the most similar tenth is "
+    f"the share of the push that comes from others at a cosine of {CLOSE} or more is "
     + ", ".join(f"{share:.0%} at temperature {t}" for t, share in top.items())
     + ". The most similar others are the likeliest classmates, so a low temperature makes it matter more that they "
     "are left alone."
@@ -393,9 +426,9 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# `draw(ax, turn, labels_with(0.5), ("instance", "same"))`. Here labels decide who is *pushed*: with the label A it is
-# pushed off by its own classmates, with B by the others, and with half and half by all of them, at half the weight.
-# This choice leaves the parting of the classes to cross-entropy.
+# `draw(ax, turn, labels_with(0.5), ("instance", "same"))`. Here labels decide who is *pushed*: with the label A the
+# image and its own classmates push each other, with B it and the others, and with half and half it and all of them, at
+# half the weight.
 # </details>
 #
 # **2.** Take one image out of its group and place it among the other class (change `angles`), with its right label.
@@ -403,8 +436,10 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# Those that pull classmates do so directly. With instance + other it is pushed off by the class it lies in, from both
-# sides, and moves once one side is stronger. With SimCLR it has no reason to go home: nobody told it where that is.
+# Try `angles = torch.tensor([20.0, 140.0, 80.0, 120.0, 150.0, 190.0])`. Those that pull classmates bring it back
+# directly, and so does instance + other: it is pushed off by the class it lies in, from both sides, and goes where the
+# stronger side pushes it. With SimCLR it has no reason to go home: nobody told it where that is. With instance + same
+# it is let alone where it is, for cross-entropy to mend.
 # </details>
 #
 # **3.** Which choice is best for training? Ask the student: `python tclip.py --positives class --negatives all --out

@@ -60,7 +60,7 @@ from sklearn.manifold import TSNE
 
 started = time.time()
 QUICK = os.environ.get("TCLIP_QUICK") == "1"  # a few epochs on a part of the images, to test that all cells run
-EPOCHS = 3 if QUICK else 12
+EPOCHS = 3 if QUICK else 10
 
 teacher = tclip.load_clip("offline")
 images = tclip.load_images("digits", teacher=teacher)
@@ -110,8 +110,8 @@ draw = tclip.draw_views(4, **{k: v for k, v in tclip.VIEWS[config.views].items()
 for name, values in draw.items():
     print(f"{name:11}", "  ".join(f"{v:6.2f}" for v in values.tolist()))
 takeaway(
-    f"a view is {len(draw)} random numbers, drawn for each image anew; the label stays, so the student must see "
-    f"past them."
+    f"a view is {len(draw)} random numbers, drawn for each image anew; the label stays, so the student must see past "
+    "them."
 )
 
 # %% [markdown]
@@ -164,9 +164,8 @@ takeaway(
 # expects: row $i$ and row $i + B$ belong together. Cross-entropy simply has twice as many rows. And labels that say how
 # sure they are: CLIP's probabilities, balanced, instead of its best name ([notebook 1](01_pseudo_labels.ipynb)).
 
+
 # %%
-
-
 def second_version():
     """... with soft, balanced labels, two views and the contrastive loss."""
     torch.manual_seed(0)
@@ -201,9 +200,8 @@ takeaway(
 # Three calls. `targets` in place of the fixed table; `record` what the student says, after each step; `end_epoch` mixes
 # it in ([notebook 3](03_ensemble_labels.ipynb)). The student says it anyway, so this costs next to nothing.
 
+
 # %%
-
-
 def third_version():
     """... with labels that follow the student."""
     torch.manual_seed(0)
@@ -257,9 +255,8 @@ ax.set(xlabel="epoch", ylabel="learning rate")
 ax.legend()
 plt.show()
 
+
 # %%
-
-
 def last_version():
     """What tclip.train does, without its checkpoint, its log and its messages."""
     torch.manual_seed(config.seed)
@@ -303,9 +300,8 @@ def same_bits(student, other):
 
 
 takeaway(
-    f"our loop and tclip.train end with the same weights, to the bit: {same_bits(student, reference)}; with the "
-    f"same labels: "
-    f"{torch.equal(labels.table, reference_labels.table)}."
+    f"our loop and tclip.train end with the same weights, to the bit: {same_bits(student, reference)}; with the same "
+    f"labels: {torch.equal(labels.table, reference_labels.table)}."
 )
 
 # %% [markdown]
@@ -405,9 +401,9 @@ with tempfile.TemporaryDirectory() as folder:
     resumed, resumed_labels = tclip.train(short, images, probs, Path(folder), lambda row, *_: ran.append(row["epoch"]))
 print("epochs that were run after it came back:", ran)
 takeaway(
-    f"the resumed run and the uninterrupted one have the same weights, to the bit: "
-    f"{same_bits(resumed, uninterrupted)}; and "
-    f"the same labels: {torch.equal(resumed_labels.table, uninterrupted_labels.table)}."
+    "the resumed run and the uninterrupted one have the same weights, to the bit: "
+    f"{same_bits(resumed, uninterrupted)}; and the same labels: "
+    f"{torch.equal(resumed_labels.table, uninterrupted_labels.table)}."
 )
 
 # %% [markdown]
@@ -419,12 +415,12 @@ takeaway(
 #
 # Look at its embedding, before and after (that is, of `tclip.train` above). PCA turns the embeddings by which images
 # are compared into the two directions in which they differ most; t-SNE draws a map on which neighbours stay neighbours
-# (sizes of and distances between its islands mean little). Each digit is drawn as itself, coloured by the true class,
-# which the student never saw. The last picture is of the same map: red are the images that CLIP named wrongly.
+# (sizes of and distances between its islands mean little; its axes have no meaning). Each digit is drawn as itself,
+# coloured by the true class, which the student never saw. On the right are the same points again: red are the images
+# that CLIP named wrongly.
+
 
 # %%
-
-
 def embed(student):
     with torch.inference_mode():
         return student.eval()(some.float() / 255)[1].numpy()
@@ -437,27 +433,31 @@ torch.manual_seed(config.seed)
 untrained = tclip.Student(config.arch, C, config.size)
 before, after = embed(untrained), embed(reference)
 tsne = TSNE(perplexity=30, init="pca", random_state=0, max_iter=300 if QUICK else 750)
-maps = {
-    "PCA, before": PCA(2).fit_transform(before),
-    "PCA, after": PCA(2).fit_transform(after),
-    "t-SNE, before": tsne.fit_transform(before),
-    "t-SNE, after": tsne.fit_transform(after),
-}
-maps["t-SNE, after: red is what CLIP named wrongly"] = maps["t-SNE, after"]
+flat = {name: PCA(2).fit_transform(z) for name, z in (("before", before), ("after", after))}
+mapped = {name: tsne.fit_transform(z) for name, z in (("before", before), ("after", after))}
 
 # %%
 figure, axes = plt.subplots(2, 3, figsize=(12, 7.4))
 shades = plt.get_cmap("viridis")(torch.linspace(0, 0.95, C).numpy())
-for ax, (name, points) in zip(axes.T.flat, maps.items()):
+panels = (
+    ("PCA, before", flat["before"]),
+    ("PCA, after", flat["after"]),
+    ("PCA, after: red is what CLIP named wrongly", flat["after"]),
+    ("t-SNE, before", mapped["before"]),
+    ("t-SNE, after", mapped["after"]),
+    ("t-SNE, after: red is what CLIP named wrongly", mapped["after"]),
+)
+for ax, (name, points) in zip(axes.flat, panels):
     for c in range(C):
         for wrong in (False, True):
             here = ((some_truth == c) & (named_wrongly == wrong)).numpy()
             color = shades[c] if "red" not in name else RED if wrong else "lightgray"
             ax.scatter(*points[here].T, marker=f"${c}$", s=22, color=color, linewidths=0.2)
     ax.set(title=name, xticks=[], yticks=[])
+    if name.startswith("PCA"):
+        ax.set(xlabel="first component", ylabel="second component")
     for side in ax.spines.values():
         side.set_visible(False)
-axes.T.flat[-1].axis("off")
 plt.show()
 K = 10
 
@@ -471,9 +471,9 @@ def neighbours_of_own_class(z, which):
 everything = torch.ones(len(chosen), dtype=torch.bool)
 takeaway(
     f"of the {K} nearest in the embedding {neighbours_of_own_class(before, everything):.0%} are of the same class "
-    f"before "
-    f"training and {neighbours_of_own_class(after, everything):.0%} after it; for images that CLIP named wrongly "
-    f"{neighbours_of_own_class(before, named_wrongly):.0%} and {neighbours_of_own_class(after, named_wrongly):.0%}."
+    f"before training and {neighbours_of_own_class(after, everything):.0%} after it; for images that CLIP named "
+    f"wrongly {neighbours_of_own_class(before, named_wrongly):.0%} and "
+    f"{neighbours_of_own_class(after, named_wrongly):.0%}."
 )
 
 # %% [markdown]
