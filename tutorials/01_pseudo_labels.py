@@ -366,14 +366,14 @@ takeaway(
 # The code does not: `text_classifier` and `zero_shot_probs` are the same, the prompts and the class names are read from
 # the table `DATASETS`. But
 #
-# * CLIP's image half is a large transformer, so that naming the images takes a GPU minutes, not seconds. It happens
-#   once: `python tclip.py` keeps the features in a cache.
-# * Each image is read twice, enlarged for CLIP and at its own small size for the student.
+# * CLIP's image half is a large transformer, so that naming the images is slow on a CPU: use a GPU. It happens once, as
+#   `python tclip.py` keeps the features in a cache.
+# * Each image is prepared twice: enlarged for CLIP, and at its own small size for the student.
 # * The classes are things such as "airplane" and "frog", about which a caption can say much; OpenAI's list of prompts
 #   is longer, with "a blurry photo of a {}." and the like.
-# * That CLIP was trained on hundreds of millions of pairs from the web. It knows these classes far better than ours
-#   knows handwriting, but the *kind* of error remains: in the image, not diced, and more for some classes than for
-#   others.
+# * That CLIP was trained on hundreds of millions of pairs from the web, among them many pictures of such things. How
+#   right it is, and for which classes, the cell will tell you. Do not expect dice: its errors, too, follow from what
+#   the images look like, and fall on some classes more than on others.
 #
 # The cell below downloads CIFAR-10 and OpenAI's weights, so it is not run here. Set `ONLINE = True` to try it. The
 # whole thing, student included, is `python tclip.py --dataset cifar10`.

@@ -23,7 +23,7 @@
 # it uses the labels, but only as far as they can be relied on. This notebook takes it apart, with toy points in the
 # plane.
 #
-# In [tclip.py](../tclip.py) it is one function of two dozen lines: `class_conditional_contrastive_loss`.
+# In [tclip.py](../tclip.py) it is one short function: `class_conditional_contrastive_loss`.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
 # [colab]: https://colab.research.google.com/github/OWNER/tclip/blob/main/tutorials/02_class_conditional_contrast.ipynb
@@ -372,7 +372,8 @@ takeaway(
 )
 
 # %% [markdown]
-# So no choice of weights makes sure errors harmless. They have to be found and mended, or at least doubted: that is the
+# No choice is safe. Those that read labels act on what labels say, and SimCLR, which reads none, learns nothing from
+# the right ones either. Labels that are sure of a wrong class have to be mended, or at least doubted: that is the
 # subject of [notebook 3](03_ensemble_labels.ipynb).
 
 # %% [markdown]
@@ -447,8 +448,8 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# Compare `transductive_accuracy` in each `summary.json`. The differences between seeds are as large as some of those
-# between choices, so that a single run proves nothing.
+# Compare `transductive_accuracy` in each `summary.json`. Compare the spread between seeds with the differences between
+# choices before you believe in a winner: a single run proves little.
 # </details>
 
 # %%

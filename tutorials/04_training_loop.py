@@ -102,8 +102,8 @@ plt.show()
 
 # %% [markdown]
 # Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies them
-# in one sampling. (With one draw for a whole batch, as torchvision's transforms make it, rows could be told apart by
-# how they were cut.) Here are the draws of four views, one in a column.
+# in one sampling. (With one draw for a whole batch, as torchvision's transforms make it, all images of a batch would be
+# cut alike.) Here are the draws of four views, one in a column.
 
 # %%
 draw = tclip.draw_views(4, **{k: v for k, v in tclip.VIEWS[config.views].items() if k != "padding"})
@@ -153,8 +153,8 @@ def first_version():
 first_version()
 teacher_accuracy = tclip.score(probs, images.truth)["accuracy"]
 takeaway(
-    f"a dozen lines make a student that is {curves['1 cross-entropy, hard labels'][-1]:.1%} right, of a teacher that "
-    f"is {teacher_accuracy:.1%} right. It has the names from CLIP alone, mistakes included."
+    f"this short loop makes a student that is {curves['1 cross-entropy, hard labels'][-1]:.1%} right, of a teacher"
+    f" that is {teacher_accuracy:.1%} right. It has the names from CLIP alone, mistakes included."
 )
 
 # %% [markdown]
@@ -305,8 +305,8 @@ takeaway(
 )
 
 # %% [markdown]
-# Here are the four versions, each with one seed. Between versions more than one thing may differ (see their first
-# lines), and seeds differ as well: a picture of the way, not a measurement of its parts.
+# Here are the four versions, each with one seed. More than one thing changes between versions, and another seed gives
+# other numbers: this is a picture of the way, not a measurement of its parts.
 
 # %%
 figure, ax = plt.subplots(figsize=(7.5, 3.2))
@@ -372,9 +372,9 @@ takeaway(
 # %% [markdown]
 # ## What if the power fails?
 #
-# With a folder as its third argument, `train` writes a checkpoint after each epoch: to a draft first, which then
+# With a folder for its argument `out`, `train` writes a checkpoint after each epoch: to a draft first, which then
 # replaces the old one at once, so that there always is a whole one. Call it again with the same arguments, and it goes
-# on. Let us pull the plug, in the shape of an exception, while an epoch is under way.
+# on. Let us pull the plug, in the shape of an exception, just before the second epoch is saved.
 
 # %%
 short = replace(config, epochs=3)
@@ -477,6 +477,27 @@ takeaway(
 )
 
 # %% [markdown]
+# ## What else is in tclip.py?
+#
+# You have now met the method and its loop. The rest of the file carries data to it and results from it. In the order of
+# the file:
+#
+# * [`Config`](../tclip.py): every setting is one field, with its help and its limits; [`parse`](../tclip.py) makes the
+#   command line from the fields, so that the two cannot differ.
+# * [`DATASETS`](../tclip.py), [`open_dataset`](../tclip.py) and [`Folder`](../tclip.py): where (image, label) pairs
+#   come from. Labels travel along, for evaluation, and go no further than [`score`](../tclip.py).
+# * [`square`](../tclip.py), [`read_images`](../tclip.py) and [`PixelFile`](../tclip.py): each image is decoded once and
+#   kept as bytes at the student's size, in memory or, where there are too many, in a file. So no step of training waits
+#   for a decoder.
+# * [`load_clip`](../tclip.py), [`cached`](../tclip.py): teachers from several packages behind one small interface,
+#   [`Teacher`](../tclip.py); and a cache of their features.
+# * [`read_pseudo_labels`](../tclip.py) and [`match`](../tclip.py): the answers of any other teacher, from a file.
+# * [`predict`](../tclip.py), [`score`](../tclip.py), [`evaluate`](../tclip.py): what the student says, and how right it
+#   is.
+# * [`write_whole`](../tclip.py): each file is written as a draft and then put into place, as you saw of the checkpoint.
+# * [`complete`](../tclip.py), [`run`](../tclip.py), [`main`](../tclip.py): settings filled in from the data set; the
+#   whole run, which is what these notebooks did step by step; errors that you can mend, told in one line.
+#
 # ## Exercises
 #
 # **1.** In `third_version`, comment out the line with `labels.record`. Does it fail, and what does it train now?
