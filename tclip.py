@@ -14,10 +14,10 @@ and to need no CLIP any more.
 Method: Huang, Chen, Yang, Xie, Pu, Zhuang, "Transductive CLIP with Class-Conditional Contrastive Learning",
 ICASSP 2022, arXiv 2206.06177. The equations, weights and schedule are our reading of it: see README.md.
 
-Sections: settings / images / pseudo-labels / class-conditional contrastive loss / ensemble labels / augmentation /
-student / training / evaluation and report / command line. The method itself (text_classifier, zero_shot_probs,
-class_conditional_contrastive_loss, EnsembleLabels and the two functions before it) needs torch and nothing else of
-this file: copy it out alone.
+The method: settings / pseudo-labels / class-conditional contrastive loss / ensemble labels / augmentation / student /
+training / prediction and evaluation. Around it: images / teachers / files / command line. text_classifier,
+zero_shot_probs, class_conditional_contrastive_loss and EnsembleLabels (with balance and neighbour_mean) need torch and
+nothing else of this file: copy them out alone.
 """
 
 import argparse
@@ -91,18 +91,17 @@ class Config:
     arch: str = setting(None, "student: resnet8, or any resnet of torchvision")
     views: str = setting(None, "augmentation", choices=("photo", "overhead", "street", "writing"))
     epochs: int = setting(40, "passes over the images", low=1)
-    batch_size: int = setting(256, "images a step, each seen in two views", low=2)
+    batch_size: int = setting(128, "images a step, each seen in two views", low=2)
     lr: float = setting(0.1, "peak learning rate for a batch of 256, scaled linearly with it", low=0.0)
     weight_decay: float = setting(5e-4, "L2 penalty", low=0.0)
     temperature: float = setting(0.5, "of the contrastive loss", low=1e-3)
     c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", low=0.0)
     positives: str = setting("instance", "what the contrastive loss pulls together", choices=("instance", "class"))
     negatives: str = setting("other", "what it pushes apart", choices=("all", "other", "same"))
-    label_momentum: float = setting(0.9, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
+    label_momentum: float = setting(0.5, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
     class_prior: str = setting(None, "uniform: classes are about equally frequent; none: not", ("uniform", "none"))
     label_neighbours: int = setting(20, "images whose predictions make an ensemble label; 0: only its own", low=0)
     label_sharpness: float = setting(2.0, "power of the predictions before they are mixed in; 1: as they are", low=0.1)
-    label_warmup: int = setting(2, "epochs before the ensemble labels start to move", low=0)
     seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
@@ -130,7 +129,286 @@ def nearest(name, known):
 
 
 # ======================================================================================================================
-# Images: a folder, or an entry of a table of data sets. They are read once, for the student and CLIP in the same pass.
+# Pseudo-labels: CLIP names every image once. (The models themselves: section teachers.)
+# ======================================================================================================================
+
+
+def text_classifier(teacher, classes, templates):
+    """Zero-shot weights: per class the mean of the unit text embeddings over the templates, made unit again.
+
+    classes: C names. templates: T prompts in which "{}" stands for the name. Returns float (C, D) unit rows.
+    Prompt ensembling of Radford et al. 2021, section 3.1.4.
+    """
+    rows = [teacher.encode_texts([t.replace("{}", name) for t in templates]).mean(0) for name in classes]
+    return F.normalize(torch.stack(rows), dim=1)
+
+
+def zero_shot_probs(image_features, text_features, temperature=0.01):
+    """p(class | image) = softmax(cosine / temperature).
+
+    image_features (N, D) and text_features (C, D) are unit rows; temperature 0.01 is CLIP's 1 / exp(logit_scale).
+    Returns float32 (N, C). Radford et al. 2021, section 3.1.2.
+    """
+    return (image_features.float() @ text_features.float().T / temperature).softmax(1)
+
+
+# ======================================================================================================================
+# Class-conditional contrastive loss (C3L)
+# ======================================================================================================================
+
+
+def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="instance", negatives="other"):
+    """Instance discrimination conditioned on class; with positives="class", class discrimination as well.
+
+        L_i = - sum_j w_ij / (sum_j w_ij) * log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
+
+    where j and k run over all rows but i. w says what is pulled together and v what is pushed apart. Both look at the
+    class agreement a_ij = <T_i, T_j>, the chance that i and j share a class by their present labels T. The other view
+    i+ of the same image always has w = v = 1, and in the term of a positive j its own v_ij is 1.
+
+        positives "instance": w_ij = 0       negatives "all":   v_ik = 1          instance + all = SimCLR (NT-Xent)
+                  "class":    w_ij = a_ij              "other": v_ik = 1 - a_ik   class + all = SupCon, soft labels
+                                                       "same":  v_ik = a_ik
+
+    z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
+    gradient. Returns a float32 scalar, finite whatever the classes. Our reading of arXiv 2206.06177; its limits are
+    Chen et al. 2020 (SimCLR) and Khosla et al. 2020 (SupCon).
+    """
+    rows = torch.arange(len(z), device=z.device)
+    own = rows[:, None] == rows  # (2B, 2B), the diagonal
+    other_view = rows[:, None] == rows.roll(len(z) // 2)
+    with torch.autocast(z.device.type, enabled=False):  # exp(s) needs float32
+        s = (z.float() @ z.float().T / temperature).masked_fill(own, -torch.inf)
+        agreement = (targets.float() @ targets.float().T).clamp(0, 1).repeat(2, 2)
+    w = {"instance": torch.zeros_like(s), "class": agreement}[positives]
+    v = {"all": torch.ones_like(s), "other": 1 - agreement, "same": agreement}[negatives]
+    w = w.masked_fill(own, 0).masked_fill(other_view, 1)
+    v = v.masked_fill(other_view, 1)
+
+    denominator = (s + v.log()).logsumexp(1, keepdim=True)  # (2B, 1)
+    if positives == "class":  # raise v_ij to 1 in the term of j itself
+        denominator = torch.logaddexp(denominator, s + (1 - v).log())  # (2B, 2B)
+    ratios = (s - denominator).masked_fill(own, 0)  # log-ratios; the diagonal is no term
+    return -((w * ratios).sum(1) / w.sum(1)).mean()
+
+
+# ======================================================================================================================
+# Ensemble labels
+# ======================================================================================================================
+
+
+def neighbour_mean(embeddings, values, k, pool=50_000):
+    """Mean of `values` over the k nearest images by cosine: (N, C) -> (N, C).
+
+    embeddings: (N, D) unit rows. Up to `pool` images, an image is among its own neighbours; beyond, the neighbours are
+    sought among so many random images, which keeps the cost per image flat as N grows.
+    """
+    members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
+    bank, k = embeddings[members].T, min(k, len(members))
+    nearby = members[torch.cat([(rows @ bank).topk(k).indices for rows in embeddings.split(256)])]  # (N, k)
+    total = torch.zeros_like(values)
+    for column in nearby.T:  # not values[nearby].mean(1), whose (N, k, C) numbers would be gigabytes
+        total += values[column]
+    return total / k
+
+
+def balance(probs, iterations=20):
+    """The nearest soft labels in which the classes are (nearly) equally frequent: (N, C) -> float32 (N, C).
+
+    A teacher that hardly ever says "seven" means seven more often than it says so. Columns are scaled to N / C and
+    rows to 1 in turn: Sinkhorn and Knopp's optimal transport from images to equally large classes, as in
+    self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020); rows end on the simplex. It reads no truth, but it
+    assumes that the classes are about equally frequent: where they are not, leave it out.
+    """
+    q = probs.float().clamp_min(1e-12)  # zero would stay zero for ever
+    for _ in range(iterations):
+        q = q / q.mean(0)  # columns to one size; the next line makes it N / C
+        q = q / q.sum(1, keepdim=True)
+    return q
+
+
+class EnsembleLabels:
+    """Pseudo-labels that follow the student as far as it can be trusted. Once an epoch
+
+        T <- m T + (1 - m) ((1 - w) T0 + w q).
+
+    T0 are the teacher's predictions, balanced over the classes. q is the student's mean prediction over the views that
+    it saw of an image in that epoch (no extra forward pass), averaged over the image's nearest neighbours in the
+    student's embedding, sharpened, and balanced. w, the trust, is how much of one mind the neighbours are: the chance,
+    averaged over all images, that two of them asked at random name the same class. At first, and for ever where a
+    student cannot make sense of the images, w is small and the labels stay the teacher's.
+
+    The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). The rest is
+    our addition: a wrong label has right neighbours; a whole group that is named wrongly shows in the size of its
+    class; averages, averaged again each epoch, would fade to grey without the sharpening (MixMatch, Berthelot et al.
+    2019); labels that follow a student which knows less than they do would get worse, and so would the student, so the
+    teacher keeps a share, as the given labels do in label propagation (Zhou et al. 2004).
+
+    probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: q is
+    raised to this power. `table` is T, float32 (N, C), rows on the simplex; `trust` is w of the last epoch.
+    """
+
+    def __init__(self, probs, momentum=0.5, neighbours=20, sharpness=2.0, balanced=True):
+        self.momentum, self.neighbours, self.sharpness, self.balanced = momentum, neighbours, sharpness, balanced
+        self.start = balance(probs) if balanced else probs.float()  # T0
+        self.table, self.trust = self.start.clone(), 0.0
+        self.predictions = torch.zeros_like(self.table)  # sums over this epoch's views
+        self.embeddings = None
+
+    def targets(self, index):
+        """Present labels (B, C) of the images `index`, int64 (B,)."""
+        return self.table[index]
+
+    def record(self, index, probs, embeddings):
+        """Add predictions (B, C) and unit embeddings (B, D) for one view of each of the images `index`, int64 (B,)."""
+        if self.embeddings is None:
+            self.embeddings = self.table.new_zeros(len(self.table), embeddings.shape[1])
+        self.predictions.index_add_(0, index, probs.detach().float())
+        self.embeddings.index_add_(0, index, embeddings.detach().float())
+
+    def end_epoch(self):
+        """Mix what was recorded into T. Images that were not seen keep their label."""
+        views = self.predictions.sum(1)  # how many of each image: predictions sum to 1
+        seen = views > 0
+        if seen.any() and self.momentum < 1:
+            q = self.predictions[seen] / views[seen, None]
+            if self.neighbours:
+                q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
+            # One trust for all, not image by image: what is named wrongly lies in mixed neighbourhoods.
+            self.trust = q.square().sum(1).mean().item()
+            q = q**self.sharpness
+            q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
+            q = torch.lerp(self.start[seen], q, self.trust)
+            self.table[seen] = torch.lerp(q, self.table[seen], self.momentum)
+        self.predictions.zero_()
+        self.embeddings = None
+
+
+# ======================================================================================================================
+# Augmentation: on the device, and each image with a draw of its own. (torchvision's transforms draw once for a whole
+# batch; a contrastive loss would then tell images apart by nothing but the crop.)
+# ======================================================================================================================
+
+VIEWS = {  # keyword arguments of augment()
+    "photo": dict(area=(0.3, 1.0), flip=0.5, jitter=0.4, gray=0.2),
+    "overhead": dict(area=(0.3, 1.0), flip=0.5, rotate=180, jitter=0.4),  # no up or down seen from above
+    "street": dict(area=(0.5, 1.0), rotate=10, jitter=0.4, gray=0.2),  # writing in photos has no mirror image
+    "writing": dict(area=(0.6, 1.3), rotate=15, jitter=0.3, padding="zeros"),  # white on black
+}
+
+
+def augment(pixels, padding="reflection", **ranges):
+    """One random view of each image: float32 (B, 3, H, W) in [0, 1] from uint8 (B, 3, H, W), on the same device.
+
+    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views().
+    """
+    return apply_views(pixels, draw_views(len(pixels), device=pixels.device, **ranges), padding)
+
+
+def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, jitter=0.0, gray=0.0, device="cpu"):
+    """Random parameters of n views, each a float32 tensor (n,).
+
+    width, height, left, top        a window in shares of the image's sides, as RandomResizedCrop draws it: its area
+                                    from `area`, its width / height from `ratio`. Above 1 the image shrinks within it.
+    angle                           degrees, counter-clockwise, within +-rotate
+    mirrored                        1 with probability `flip`, otherwise 0
+    brightness, contrast, saturation  factors within 1 +- jitter; saturation is 0 with probability `gray`
+    """
+
+    def uniform(low, high):
+        return torch.empty(n, device=device).uniform_(low, high)
+
+    side = uniform(*area).sqrt()
+    stretch = uniform(math.log(ratio[0]), math.log(ratio[1])).div(2).exp() if area != (1, 1) else torch.ones_like(side)
+    width, height = side * stretch, side / stretch
+    if area[1] <= 1:
+        width, height = width.clamp(max=1), height.clamp(max=1)
+    return dict(
+        width=width,
+        height=height,
+        left=uniform(0, 1) * (1 - width),
+        top=uniform(0, 1) * (1 - height),
+        angle=uniform(-rotate, rotate),
+        mirrored=(uniform(0, 1) < flip).float(),
+        brightness=uniform(1 - jitter, 1 + jitter),
+        contrast=uniform(1 - jitter, 1 + jitter),
+        saturation=uniform(1 - jitter, 1 + jitter) * (uniform(0, 1) >= gray),
+    )
+
+
+def apply_views(pixels, draw, padding="reflection"):
+    """The views that `draw` describes, see draw_views(): window, rotation, mirror, brightness, contrast, saturation.
+
+    The first three are one bilinear sampling. Each step is torchvision's function of that name, image by image.
+    """
+    d = {name: value.to(pixels.device) for name, value in draw.items()}
+    x = pixels.float() / 255
+    # Where an output point (x, y) in [-1, 1], y down, comes from: mirror, then rotate, then scale and shift.
+    angle, sign = d["angle"].deg2rad(), 1 - 2 * d["mirrored"]
+    across = torch.stack([sign * angle.cos(), -angle.sin(), 2 * d["left"] / d["width"] + 1 - 1 / d["width"]], 1)
+    down = torch.stack([sign * angle.sin(), angle.cos(), 2 * d["top"] / d["height"] + 1 - 1 / d["height"]], 1)
+    theta = torch.stack([d["width"][:, None] * across, d["height"][:, None] * down], 1)  # (B, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
+
+    def blend(other, factor):
+        return torch.lerp(other, x, d[factor].view(-1, 1, 1, 1)).clamp(0, 1)
+
+    x = blend(torch.zeros_like(x), "brightness")
+    x = blend(TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), "contrast")
+    return blend(TF.rgb_to_grayscale(x), "saturation")
+
+
+# ======================================================================================================================
+# Student
+# ======================================================================================================================
+
+
+class Student(nn.Module):
+    """The network that is trained: forward(x) -> logits (B, C) and unit embeddings (B, embedding_dim).
+
+    x: float (B, 3, H, W) in [0, 1]; normalisation is inside. arch: "resnet8" (0.3 M parameters: one basic block at
+    each of 32, 64 and 128 channels, for small simple images) or any resnet of torchvision. Below 65 px (`size`) those
+    get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool. UserError: unknown arch.
+    """
+
+    def __init__(self, arch, num_classes, size=32, embedding_dim=128):
+        super().__init__()
+        self.size = size
+        if arch == "resnet8":
+            self.backbone, width = resnet8(), 128
+        else:
+            known = [name for name in torchvision.models.list_models(torchvision.models) if name.startswith("resnet")]
+            if arch not in known:
+                raise UserError(f"unknown arch {arch!r}; there is: {nearest(arch, ['resnet8', *known])}")
+            self.backbone = torchvision.models.get_model(arch)
+            width, self.backbone.fc = self.backbone.fc.in_features, nn.Identity()
+            if size <= 64:
+                self.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+                self.backbone.maxpool = nn.Identity()
+        self.classifier = nn.Linear(width, num_classes)
+        self.projector = nn.Sequential(
+            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, embedding_dim)
+        )
+
+    def forward(self, x):
+        h = self.backbone((x - 0.5) / 0.25)  # (B, width)
+        return self.classifier(h), F.normalize(self.projector(h).float(), dim=1)
+
+
+def resnet8():
+    """Features (B, 128) by a ResNet of three basic blocks (He et al. 2016, section 4.2, n = 1, twice the width)."""
+    from torchvision.models.resnet import BasicBlock, conv1x1
+
+    layers = [nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
+    for width in (32, 64):
+        shortcut = nn.Sequential(conv1x1(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width))
+        layers.append(BasicBlock(width, 2 * width, stride=2, downsample=shortcut))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+# ======================================================================================================================
+# Training
 # ======================================================================================================================
 
 
@@ -150,6 +428,171 @@ class Images:
     classes: list
     truth: Tensor = None
     features: Tensor = None
+
+
+def train(config, images, probs, out=None, on_epoch=None):
+    """Train a student on images.pixels and the teacher's probs (N, C), and on nothing else: images.truth is not read.
+
+    config      a Config in which nothing is None but `out`
+    out         folder (Path) for checkpoint.pt and metrics.csv, written after each epoch. Where a checkpoint lies there
+                already, training goes on from it; on a CPU to the bit as if it had never stopped.
+    on_epoch    called after each epoch with its row of metrics.csv (a dict), the student and the EnsembleLabels
+    Returns (student, labels). UserError: the loss is not finite; the checkpoint cannot be read.
+    """
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    student = Student(config.arch, len(images.classes), config.size).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
+    balanced = config.class_prior == "uniform"
+    labels = EnsembleLabels(
+        probs.to(device), config.label_momentum, config.label_neighbours, config.label_sharpness, balanced
+    )
+    pixels, first_labels = place(images.pixels, device), probs.argmax(1).to(device)
+    model = torch.compile(student) if config.compile else student
+    history = []
+    settings = asdict(replace(config, out=None, device="auto", cache="", no_cache=False, memory=0.0))
+    settings["images read"] = hashlib.blake2b("\0".join(images.names + images.classes).encode()).hexdigest()
+    checkpoint = out and out / "checkpoint.pt"
+    if checkpoint and checkpoint.exists():
+        state = read_tensors(checkpoint)
+        try:
+            if state["settings"] != settings:
+                raise ValueError("its settings or its images are others")
+            student.load_state_dict(state["student"])
+            optimizer.load_state_dict(state["optimizer"])
+            labels.table, history = state["labels"].to(device), state["history"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{checkpoint} is of another run: {first_line(error)}") from error
+
+    steps = math.ceil(len(pixels) / config.batch_size)  # an epoch
+    bar = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="student", unit="step", disable=None)
+    for epoch in range(len(history), config.epochs):
+        started = time.time()
+        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # the draws of an epoch depend on no earlier one
+        cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar)
+        labels.end_epoch()
+        row = dict(
+            epoch=epoch + 1,
+            loss=cross_entropy + config.c3l_weight * c3l,
+            cross_entropy=cross_entropy,
+            c3l=c3l,
+            lr=learning_rate(config, (epoch + 1) / config.epochs),
+            labels_changed=(labels.table.argmax(1) != first_labels).float().mean().item(),
+            trust=labels.trust,
+            seconds=round(time.time() - started, 3),
+        )
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {config.lr}")
+        bar.set_postfix_str(f"loss {row['loss']:.3f}, lr {row['lr']:.3f}, labels changed {row['labels_changed']:.1%}")
+        if on_epoch:
+            on_epoch(row, student, labels)
+        history.append(row)
+        if out:
+            state = dict(student=student.state_dict(), optimizer=optimizer.state_dict(), labels=labels.table)
+            state.update(history=history, settings=settings)
+            save_tensors(checkpoint, state)
+            write_csv(out / "metrics.csv", history)
+    bar.close()
+    return student, labels
+
+
+def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
+    """One pass over the images. Returns the means of cross-entropy and C3L. Nothing in a step waits for the device."""
+    model.train()
+    device = labels.table.device
+    losses = torch.zeros(2, device=device)
+    for step, index in enumerate(torch.randperm(len(pixels), device=pixels.device).tensor_split(steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
+        batch, index = pixels[index].to(device), index.to(device)  # uint8 (B, 3, H, W)
+        views = torch.cat([augment(batch, **VIEWS[config.views]), augment(batch, **VIEWS[config.views])])
+        targets = labels.targets(index)  # (B, C)
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+            logits, z = model(views.contiguous(memory_format=torch.channels_last))  # (2B, C), (2B, D)
+        cross_entropy = F.cross_entropy(logits.float(), targets.repeat(2, 1))
+        c3l = class_conditional_contrastive_loss(z, targets, config.temperature, config.positives, config.negatives)
+        optimizer.zero_grad()
+        (cross_entropy + config.c3l_weight * c3l).backward()
+        optimizer.step()
+        labels.record(index.repeat(2), logits.float().softmax(1), z)
+        losses += torch.stack([cross_entropy, c3l]).detach() / steps
+        bar.update()
+    return losses.tolist()
+
+
+def place(pixels, device):
+    """The pixels where batches are gathered best: on the device if they take at most half of what is free there."""
+    if isinstance(pixels, PixelFile):
+        return pixels
+    fits = device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return pixels.to(device) if fits else pixels
+
+
+def learning_rate(config, progress):
+    """Linear warm-up in the first twentieth of the run, then a cosine to zero. progress: share of the run done."""
+    peak = config.lr * config.batch_size / 256
+    return peak * min(progress / 0.05, (1 + math.cos(math.pi * progress)) / 2)
+
+
+def pick_device(name):
+    """torch.device of "auto", "cpu", "cuda" or "mps". UserError: there is none of that kind."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise UserError(f"--device {name}: none found; there is: {', '.join(kind for kind in there if there[kind])}")
+    return torch.device(name)
+
+
+def has_fast_bfloat16(device):
+    """Whether autocast to bfloat16 pays: where the hardware has it; elsewhere it is emulated, and slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+# ======================================================================================================================
+# Prediction and evaluation. Images.truth is read by evaluate() and score() alone. (open_dataset() stratifies the
+# held-out fifth of some data sets by the labels; training does not see them.)
+# ======================================================================================================================
+
+
+@torch.inference_mode()
+def predict(student, pixels, batch_size=1024):
+    """Class probabilities, float32 (N, C) on the CPU, of uint8 pixels (N, 3, H, W) on any device. No augmentation."""
+    device = next(student.parameters()).device
+    student.eval()
+    return torch.cat([student(x.to(device).float() / 255)[0].softmax(1).cpu() for x in pixels.split(batch_size)])
+
+
+def score(probs, truth):
+    """How right predictions are: dict of accuracy, per_class (C accuracies) and confusion (C, C).
+
+    probs: (N, C). truth: int64 (N,), -1 where unknown: such rows do not count; or None. Accuracies are shares in
+    [0, 1], or None where there is nothing to count. confusion[t, p]: how many images of class t are called p.
+    """
+    classes = probs.shape[1]
+    known = torch.zeros(len(probs), dtype=torch.bool) if truth is None else truth >= 0
+    cells = (truth[known] * classes + probs.argmax(1)[known]) if truth is not None else torch.empty(0).long()
+    confusion = cells.bincount(minlength=classes**2).view(classes, classes)
+    right, total = confusion.diag(), confusion.sum(1)
+    return dict(
+        accuracy=right.sum().item() / total.sum().item() if known.any() else None,
+        per_class=[r / t if t else None for r, t in zip(right.tolist(), total.tolist())],
+        confusion=confusion,
+    )
+
+
+def evaluate(student, images):
+    """score() of the student's predictions for Images against their truth."""
+    return score(predict(student, images.pixels), images.truth)
+
+
+# ======================================================================================================================
+# That was the method. What follows brings images and teachers to it, and results to files.
+#
+# Images: a folder, or an entry of a table of data sets; read once, for the student and for CLIP in the same pass
+# ======================================================================================================================
 
 
 @dataclass(frozen=True)
@@ -337,6 +780,8 @@ class Folder(torch.utils.data.Dataset):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images, broken EXIF and the like
             with Image.open(path) as image:
+                if image.format == "EPS":
+                    raise OSError("EPS is a program, which is not run")
                 return upright_rgb(image), self.labels.get(self.names[i], -1)
 
     def usual_size(self):
@@ -475,7 +920,8 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
                 rows.append(encode(torch.from_numpy(views[1][good])).cpu())
     bar.close()
     if not kept:
-        raise UserError(f"{title}: there is no readable image among {len(source)} files")
+        first = ", such as {file}: {reason}".format(**skipped[0]) if skipped else ""
+        raise UserError(f"{title}: none of {len(source)} files is a readable image{first}")
     if isinstance(pixels, PixelFile):
         pixels.shape = (len(kept), *shape[1:])
     else:
@@ -496,7 +942,7 @@ def load_images(dataset="digits", root="data", split="train", size=None, teacher
 
 
 # ======================================================================================================================
-# Pseudo-labels: CLIP names every image, or a file has the answers of another teacher.
+# Teachers: CLIP as two packages have it, a cache of what it has seen, or a file of another teacher's answers
 # ======================================================================================================================
 
 HERE = Path(__file__).resolve().parent
@@ -661,25 +1107,6 @@ def open_clip_model(name, dtype, device):
     return model, tokenize
 
 
-def text_classifier(teacher, classes, templates):
-    """Zero-shot weights: per class the mean of the unit text embeddings over the templates, made unit again.
-
-    classes: C names. templates: T prompts in which "{}" stands for the name. Returns float (C, D) unit rows.
-    Prompt ensembling of Radford et al. 2021, section 3.1.4.
-    """
-    rows = [teacher.encode_texts([t.replace("{}", name) for t in templates]).mean(0) for name in classes]
-    return F.normalize(torch.stack(rows), dim=1)
-
-
-def zero_shot_probs(image_features, text_features, temperature=0.01):
-    """p(class | image) = softmax(cosine / temperature).
-
-    image_features (N, D) and text_features (C, D) are unit rows; temperature 0.01 is CLIP's 1 / exp(logit_scale).
-    Returns float32 (N, C). Radford et al. 2021, section 3.1.2.
-    """
-    return (image_features.float() @ text_features.float().T / temperature).softmax(1)
-
-
 def read_labels(path):
     """Rows of a csv file with the columns file, label and maybe confidence: dict file -> (label, confidence or 1).
 
@@ -693,8 +1120,9 @@ def read_labels(path):
                 raise UserError(f"{path}: its first line must name the columns: file,label or file,label,confidence")
             for row in reader:
                 name, label, confidence = (unguarded(row.get(k) or "") for k in ("file", "label", "confidence"))
-                if name in found:
-                    raise UserError(f"{path} has {name} twice (line {reader.line_num})")
+                if not name or not label or name in found:
+                    what = f"{name} twice" if name in found else "no file or no label"
+                    raise UserError(f"{path} has {what} in line {reader.line_num}")
                 found[name] = label, float(confidence or 1)
                 if not 0 <= found[name][1] <= 1:
                     raise UserError(f"{path}: confidence {confidence} of {name} is not within 0 and 1")
@@ -711,6 +1139,8 @@ def plain(name):
 def class_numbers(labels, classes, path):
     """The labels as numbers of their classes, names compared as plain(). UserError: one is no class."""
     numbers = {plain(name): i for i, name in enumerate(classes)}
+    if len(numbers) < max(2, len(classes)):
+        raise UserError(f"{path}: two classes are needed at least, and none twice: {', '.join(classes)}")
     for label in labels:
         if plain(label) not in numbers:
             raise UserError(f"{path}: {label!r} is not among the classes; there is: {nearest(label, classes)}")
@@ -727,8 +1157,10 @@ def read_pseudo_labels(path, classes=None):
     if Path(path).suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as data:
-                files, own, probs = data["files"].tolist(), data["classes"].tolist(), data["probs"]
-            probs = torch.from_numpy(probs.astype(np.float32))
+                files, own, probs = data["files"], data["classes"], data["probs"]
+            if files.dtype.kind != "U" or own.dtype.kind != "U" or files.ndim != 1 or own.ndim != 1:
+                raise ValueError("files and classes must be lists of strings")
+            files, own, probs = files.tolist(), own.tolist(), torch.from_numpy(probs.astype(np.float32))
         except Exception as error:  # numpy and zipfile raise a dozen kinds
             raise UserError(f"cannot read {path} (npz with files, classes, probs): {first_line(error)}") from error
         if probs.shape != (len(files), len(own)):
@@ -737,18 +1169,17 @@ def read_pseudo_labels(path, classes=None):
             raise UserError(f"{path}: probs are not finite, or below zero, or all zero for an image")
         if len(set(files)) < len(files):
             raise UserError(f"{path} has {next(f for f, n in Counter(files).items() if n > 1)} twice")
-        classes = classes or own
-        if len(own) != len(classes):
-            raise UserError(f"{path} has {len(own)} classes, not {len(classes)}: {', '.join(own)}")
-        columns = class_numbers(own, classes, path)
-        ordered = torch.empty_like(probs)
-        ordered[:, columns] = probs
-        return files, classes, ordered / ordered.sum(1, keepdim=True)
+        order = class_numbers(classes or own, own, path)
+        if len(order) != len(own):
+            raise UserError(f"{path} has {len(own)} classes, not {len(order)}: {', '.join(own)}")
+        return files, classes or own, (probs / probs.sum(1, keepdim=True))[:, order]
     found = read_labels(path)
-    classes = classes or sorted({label for label, _ in found.values()})
-    numbers = class_numbers([label for label, _ in found.values()], classes, path)
-    confidence = torch.tensor([confidence for _, confidence in found.values()])[:, None]  # (N, 1)
-    mine = F.one_hot(torch.tensor(numbers), len(classes))
+    if not found:
+        raise UserError(f"{path} has no row")
+    labels, confidence = zip(*found.values())
+    classes = classes or sorted(set(labels))
+    mine = F.one_hot(torch.tensor(class_numbers(labels, classes, path)), len(classes))
+    confidence = torch.tensor(confidence)[:, None].clamp_min(1 / len(classes))  # (N, 1): a label is the likeliest class
     return list(found), classes, mine * confidence + (1 - mine) * (1 - confidence) / (len(classes) - 1)
 
 
@@ -768,412 +1199,6 @@ def match(names, files, probs):
 
 
 # ======================================================================================================================
-# Class-conditional contrastive loss (C3L)
-# ======================================================================================================================
-
-
-def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="instance", negatives="other"):
-    """Instance discrimination conditioned on class; with positives="class", class discrimination as well.
-
-        L_i = - sum_j w_ij / (sum_j w_ij) * log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
-
-    where j and k run over all rows but i. w says what is pulled together and v what is pushed apart. Both look at the
-    class agreement a_ij = <T_i, T_j>, the chance that i and j share a class by their present labels T. The other view
-    i+ of the same image always has w = v = 1, and in the term of a positive j its own v_ij is 1.
-
-        positives "instance": w_ij = 0       negatives "all":   v_ik = 1          instance + all = SimCLR (NT-Xent)
-                  "class":    w_ij = a_ij              "other": v_ik = 1 - a_ik   class + all = SupCon, soft labels
-                                                       "same":  v_ik = a_ik
-
-    z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
-    gradient. Returns a float32 scalar, finite whatever the classes. Our reading of arXiv 2206.06177; its limits are
-    Chen et al. 2020 (SimCLR) and Khosla et al. 2020 (SupCon).
-    """
-    rows = torch.arange(len(z), device=z.device)
-    own = rows[:, None] == rows  # (2B, 2B), the diagonal
-    other_view = rows[:, None] == rows.roll(len(z) // 2)
-    with torch.autocast(z.device.type, enabled=False):  # exp(s) needs float32
-        s = (z.float() @ z.float().T / temperature).masked_fill(own, -torch.inf)
-        agreement = (targets.float() @ targets.float().T).clamp(0, 1).repeat(2, 2)
-    w = {"instance": torch.zeros_like(s), "class": agreement}[positives]
-    v = {"all": torch.ones_like(s), "other": 1 - agreement, "same": agreement}[negatives]
-    w = w.masked_fill(own, 0).masked_fill(other_view, 1)
-    v = v.masked_fill(other_view, 1)
-
-    denominator = (s + v.log()).logsumexp(1, keepdim=True)  # (2B, 1)
-    if positives == "class":  # raise v_ij to 1 in the term of j itself
-        denominator = torch.logaddexp(denominator, s + (1 - v).log())  # (2B, 2B)
-    ratios = (s - denominator).masked_fill(own, 0)  # log-ratios; the diagonal is no term
-    return -((w * ratios).sum(1) / w.sum(1)).mean()
-
-
-# ======================================================================================================================
-# Ensemble labels
-# ======================================================================================================================
-
-
-def neighbour_mean(embeddings, values, k, pool=50_000):
-    """Mean of `values` over the k nearest images by cosine: (N, C) -> (N, C).
-
-    embeddings: (N, D) unit rows. Up to `pool` images, an image is among its own neighbours; beyond, the neighbours are
-    sought among so many random images, which keeps the cost per image flat as N grows.
-    """
-    members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
-    bank, k = embeddings[members].T, min(k, len(members))
-    nearby = members[torch.cat([(rows @ bank).topk(k).indices for rows in embeddings.split(1024)])]  # (N, k)
-    total = torch.zeros_like(values)
-    for column in nearby.T:  # not values[nearby].mean(1), whose (N, k, C) numbers would be gigabytes
-        total += values[column]
-    return total / k
-
-
-def balance(probs, iterations=20):
-    """The nearest soft labels in which the classes are (nearly) equally frequent: (N, C) -> float32 (N, C).
-
-    A teacher that hardly ever says "seven" means seven more often than it says so. Columns are scaled to N / C and
-    rows to 1 in turn: Sinkhorn and Knopp's optimal transport from images to equally large classes, as in
-    self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020); rows end on the simplex. It reads no truth, but it
-    assumes that the classes are about equally frequent: where they are not, leave it out.
-    """
-    q = probs.float().clamp_min(1e-12)  # zero would stay zero for ever
-    for _ in range(iterations):
-        q = q / q.mean(0)  # columns to one size; the next line makes it N / C
-        q = q / q.sum(1, keepdim=True)
-    return q
-
-
-class EnsembleLabels:
-    """Pseudo-labels that follow the student: once an epoch, T <- m T + (1 - m) q.
-
-    q is the student's mean prediction over the views that it saw of an image in that epoch (no extra forward pass),
-    averaged over the image's nearest neighbours in the student's embedding, sharpened, and balanced over the classes.
-    The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). The rest is
-    our addition: a wrong label has right neighbours; a whole group that is named wrongly shows in the size of its
-    class; and averages, averaged again each epoch, would fade to grey without the sharpening (MixMatch, Berthelot et
-    al. 2019).
-
-    probs: (N, C), the teacher's predictions; T starts from them, balanced as well. momentum: m, in [0, 1]. neighbours:
-    how many, 0 for none. sharpness: q is raised to this power. `table` is T, float32 (N, C), rows on the simplex.
-    """
-
-    def __init__(self, probs, momentum=0.9, neighbours=20, sharpness=2.0, balanced=True):
-        self.momentum, self.neighbours, self.sharpness, self.balanced = momentum, neighbours, sharpness, balanced
-        self.table = balance(probs) if balanced else probs.float().clone()
-        self.predictions = torch.zeros_like(self.table)  # sums over this epoch's views
-        self.embeddings = None
-
-    def targets(self, index):
-        """Present labels (B, C) of the images `index`, int64 (B,)."""
-        return self.table[index]
-
-    def record(self, index, probs, embeddings):
-        """Add predictions (B, C) and unit embeddings (B, D) for one view of each of the images `index`, int64 (B,)."""
-        if self.embeddings is None:
-            self.embeddings = self.table.new_zeros(len(self.table), embeddings.shape[1])
-        self.predictions.index_add_(0, index, probs.detach().float())
-        self.embeddings.index_add_(0, index, embeddings.detach().float())
-
-    def end_epoch(self, update=True):
-        """Mix what was recorded into T or (update=False, in the warm-up) drop it. Images not seen keep their label."""
-        views = self.predictions.sum(1)  # how many of each image: predictions sum to 1
-        seen = views > 0
-        if update and seen.any():
-            q = self.predictions[seen] / views[seen, None]
-            if self.neighbours:
-                q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
-            q = q**self.sharpness
-            q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
-            self.table[seen] = self.momentum * self.table[seen] + (1 - self.momentum) * q
-        self.predictions.zero_()
-        self.embeddings = None
-
-
-# ======================================================================================================================
-# Augmentation: on the device, and each image with a draw of its own. (torchvision's transforms draw once for a whole
-# batch; a contrastive loss would then tell images apart by nothing but the crop.)
-# ======================================================================================================================
-
-VIEWS = {  # keyword arguments of augment()
-    "photo": dict(area=(0.3, 1.0), flip=0.5, jitter=0.4, gray=0.2),
-    "overhead": dict(area=(0.3, 1.0), flip=0.5, rotate=180, jitter=0.4),  # no up or down seen from above
-    "street": dict(area=(0.5, 1.0), rotate=10, jitter=0.4, gray=0.2),  # writing in photos has no mirror image
-    "writing": dict(area=(0.6, 1.3), rotate=15, jitter=0.3, padding="zeros"),  # white on black
-}
-
-
-def augment(pixels, padding="reflection", **ranges):
-    """One random view of each image: float32 (B, 3, H, W) in [0, 1] from uint8 (B, 3, H, W), on the same device.
-
-    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views().
-    """
-    return apply_views(pixels, draw_views(len(pixels), device=pixels.device, **ranges), padding)
-
-
-def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, jitter=0.0, gray=0.0, device="cpu"):
-    """Random parameters of n views, each a float32 tensor (n,).
-
-    width, height, left, top        a window in shares of the image's sides, as RandomResizedCrop draws it: its area
-                                    from `area`, its width / height from `ratio`. Above 1 the image shrinks within it.
-    angle                           degrees, counter-clockwise, within +-rotate
-    mirrored                        1 with probability `flip`, otherwise 0
-    brightness, contrast, saturation  factors within 1 +- jitter; saturation is 0 with probability `gray`
-    """
-
-    def uniform(low, high):
-        return torch.empty(n, device=device).uniform_(low, high)
-
-    side = uniform(*area).sqrt()
-    stretch = uniform(math.log(ratio[0]), math.log(ratio[1])).div(2).exp() if area != (1, 1) else torch.ones_like(side)
-    width, height = side * stretch, side / stretch
-    if area[1] <= 1:
-        width, height = width.clamp(max=1), height.clamp(max=1)
-    return dict(
-        width=width,
-        height=height,
-        left=uniform(0, 1) * (1 - width),
-        top=uniform(0, 1) * (1 - height),
-        angle=uniform(-rotate, rotate),
-        mirrored=(uniform(0, 1) < flip).float(),
-        brightness=uniform(1 - jitter, 1 + jitter),
-        contrast=uniform(1 - jitter, 1 + jitter),
-        saturation=uniform(1 - jitter, 1 + jitter) * (uniform(0, 1) >= gray),
-    )
-
-
-def apply_views(pixels, draw, padding="reflection"):
-    """The views that `draw` describes, see draw_views(): window, rotation, mirror, brightness, contrast, saturation.
-
-    The first three are one bilinear sampling. Each step is torchvision's function of that name, image by image.
-    """
-    d = {name: value.to(pixels.device) for name, value in draw.items()}
-    x = pixels.float() / 255
-    # Where an output point (x, y) in [-1, 1], y down, comes from: mirror, then rotate, then scale and shift.
-    angle, sign = d["angle"].deg2rad(), 1 - 2 * d["mirrored"]
-    across = torch.stack([sign * angle.cos(), -angle.sin(), 2 * d["left"] / d["width"] + 1 - 1 / d["width"]], 1)
-    down = torch.stack([sign * angle.sin(), angle.cos(), 2 * d["top"] / d["height"] + 1 - 1 / d["height"]], 1)
-    theta = torch.stack([d["width"][:, None] * across, d["height"][:, None] * down], 1)  # (B, 2, 3)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
-
-    def blend(other, factor):
-        return torch.lerp(other, x, d[factor].view(-1, 1, 1, 1)).clamp(0, 1)
-
-    x = blend(torch.zeros_like(x), "brightness")
-    x = blend(TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), "contrast")
-    return blend(TF.rgb_to_grayscale(x), "saturation")
-
-
-# ======================================================================================================================
-# Student
-# ======================================================================================================================
-
-
-class Student(nn.Module):
-    """The network that is trained: forward(x) -> logits (B, C) and unit embeddings (B, embedding_dim).
-
-    x: float (B, 3, H, W) in [0, 1]; normalisation is inside. arch: "resnet8" (0.3 M parameters: one basic block at
-    each of 32, 64 and 128 channels, for small simple images) or any resnet of torchvision. Below 65 px (`size`) those
-    get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool. UserError: unknown arch.
-    """
-
-    def __init__(self, arch, num_classes, size=32, embedding_dim=128):
-        super().__init__()
-        self.size = size
-        if arch == "resnet8":
-            self.backbone, width = resnet8(), 128
-        else:
-            known = [name for name in torchvision.models.list_models(torchvision.models) if name.startswith("resnet")]
-            if arch not in known:
-                raise UserError(f"unknown arch {arch!r}; there is: {nearest(arch, ['resnet8', *known])}")
-            self.backbone = torchvision.models.get_model(arch)
-            width, self.backbone.fc = self.backbone.fc.in_features, nn.Identity()
-            if size <= 64:
-                self.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-                self.backbone.maxpool = nn.Identity()
-        self.classifier = nn.Linear(width, num_classes)
-        self.projector = nn.Sequential(
-            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, embedding_dim)
-        )
-
-    def forward(self, x):
-        h = self.backbone((x - 0.5) / 0.25)  # (B, width)
-        return self.classifier(h), F.normalize(self.projector(h).float(), dim=1)
-
-
-def resnet8():
-    """Features (B, 128) by a ResNet of three basic blocks (He et al. 2016, section 4.2, n = 1, twice the width)."""
-    from torchvision.models.resnet import BasicBlock, conv1x1
-
-    layers = [nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
-    for width in (32, 64):
-        shortcut = nn.Sequential(conv1x1(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width))
-        layers.append(BasicBlock(width, 2 * width, stride=2, downsample=shortcut))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-# ======================================================================================================================
-# Training
-# ======================================================================================================================
-
-
-def train(config, images, probs, out=None, on_epoch=None):
-    """Train a student on images.pixels and the teacher's probs (N, C), and on nothing else: images.truth is not read.
-
-    config      a Config in which nothing is None but `out`
-    out         folder (Path) for checkpoint.pt and metrics.csv, written after each epoch. Where a checkpoint lies there
-                already, training goes on from it; on a CPU to the bit as if it had never stopped.
-    on_epoch    called after each epoch with its row of metrics.csv (a dict), the student and the EnsembleLabels
-    Returns (student, labels). UserError: the loss is not finite; the checkpoint cannot be read.
-    """
-    device = pick_device(config.device)
-    torch.manual_seed(config.seed)
-    student = Student(config.arch, len(images.classes), config.size).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
-    balanced = config.class_prior == "uniform"
-    labels = EnsembleLabels(
-        probs.to(device), config.label_momentum, config.label_neighbours, config.label_sharpness, balanced
-    )
-    pixels, first_labels = place(images.pixels, device), probs.argmax(1).to(device)
-    model = torch.compile(student) if config.compile else student
-    history = []
-    settings = asdict(replace(config, out=None, device="auto", cache="", no_cache=False, memory=0.0))
-    settings["images read"] = hashlib.blake2b("\0".join(images.names + images.classes).encode()).hexdigest()
-    checkpoint = out and out / "checkpoint.pt"
-    if checkpoint and checkpoint.exists():
-        state = read_tensors(checkpoint)
-        try:
-            if state["settings"] != settings:
-                raise ValueError("its settings or its images are others")
-            student.load_state_dict(state["student"])
-            optimizer.load_state_dict(state["optimizer"])
-            labels.table, history = state["labels"].to(device), state["history"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{checkpoint} is of another run: {first_line(error)}") from error
-
-    steps = math.ceil(len(pixels) / config.batch_size)  # an epoch
-    bar = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="student", unit="step", disable=None)
-    for epoch in range(len(history), config.epochs):
-        started = time.time()
-        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # the draws of an epoch depend on no earlier one
-        cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar)
-        labels.end_epoch(update=epoch >= config.label_warmup)
-        row = dict(
-            epoch=epoch + 1,
-            loss=cross_entropy + config.c3l_weight * c3l,
-            cross_entropy=cross_entropy,
-            c3l=c3l,
-            lr=learning_rate(config, (epoch + 1) / config.epochs),
-            labels_changed=(labels.table.argmax(1) != first_labels).float().mean().item(),
-            seconds=round(time.time() - started, 3),
-        )
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {config.lr}")
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, lr {row['lr']:.3f}, labels changed {row['labels_changed']:.1%}")
-        if on_epoch:
-            on_epoch(row, student, labels)
-        history.append(row)
-        if out:
-            state = dict(student=student.state_dict(), optimizer=optimizer.state_dict(), labels=labels.table)
-            state.update(history=history, settings=settings)
-            save_tensors(checkpoint, state)
-            write_csv(out / "metrics.csv", history)
-    bar.close()
-    return student, labels
-
-
-def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
-    """One pass over the images. Returns the means of cross-entropy and C3L. Nothing in a step waits for the device."""
-    model.train()
-    device = labels.table.device
-    losses = torch.zeros(2, device=device)
-    for step, index in enumerate(torch.randperm(len(pixels), device=pixels.device).tensor_split(steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
-        batch, index = pixels[index].to(device), index.to(device)  # uint8 (B, 3, H, W)
-        views = torch.cat([augment(batch, **VIEWS[config.views]), augment(batch, **VIEWS[config.views])])
-        targets = labels.targets(index)  # (B, C)
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
-            logits, z = model(views.contiguous(memory_format=torch.channels_last))  # (2B, C), (2B, D)
-        cross_entropy = F.cross_entropy(logits.float(), targets.repeat(2, 1))
-        c3l = class_conditional_contrastive_loss(z, targets, config.temperature, config.positives, config.negatives)
-        optimizer.zero_grad()
-        (cross_entropy + config.c3l_weight * c3l).backward()
-        optimizer.step()
-        labels.record(index.repeat(2), logits.float().softmax(1), z)
-        losses += torch.stack([cross_entropy, c3l]).detach() / steps
-        bar.update()
-    return losses.tolist()
-
-
-def place(pixels, device):
-    """The pixels where batches are gathered best: on the device if they take at most half of what is free there."""
-    if isinstance(pixels, PixelFile):
-        return pixels
-    fits = device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return pixels.to(device) if fits else pixels
-
-
-def learning_rate(config, progress):
-    """Linear warm-up in the first twentieth of the run, then a cosine to zero. progress: share of the run done."""
-    peak = config.lr * config.batch_size / 256
-    return peak * min(progress / 0.05, (1 + math.cos(math.pi * progress)) / 2)
-
-
-def pick_device(name):
-    """torch.device of "auto", "cpu", "cuda" or "mps". UserError: there is none of that kind."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there[name]:
-        raise UserError(f"--device {name}: none found; there is: {', '.join(kind for kind in there if there[kind])}")
-    return torch.device(name)
-
-
-def has_fast_bfloat16(device):
-    """Whether autocast to bfloat16 pays: where the hardware has it; elsewhere it is emulated, and slow."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-
-
-# ======================================================================================================================
-# Evaluation and report. Images.truth is read by score() and evaluate() alone. (open_dataset() stratifies the held-out
-# fifth of some data sets by the labels; training does not see them.)
-# ======================================================================================================================
-
-
-@torch.inference_mode()
-def predict(student, pixels, batch_size=1024):
-    """Class probabilities, float32 (N, C) on the CPU, of uint8 pixels (N, 3, H, W) on any device. No augmentation."""
-    device = next(student.parameters()).device
-    student.eval()
-    return torch.cat([student(x.to(device).float() / 255)[0].softmax(1).cpu() for x in pixels.split(batch_size)])
-
-
-def score(probs, truth):
-    """How right predictions are: dict of accuracy, per_class (C accuracies) and confusion (C, C).
-
-    probs: (N, C). truth: int64 (N,), -1 where unknown: such rows do not count; or None. Accuracies are shares in
-    [0, 1], or None where there is nothing to count. confusion[t, p]: how many images of class t are called p.
-    """
-    classes = probs.shape[1]
-    known = torch.zeros(len(probs), dtype=torch.bool) if truth is None else truth >= 0
-    cells = (truth[known] * classes + probs.argmax(1)[known]) if truth is not None else torch.empty(0).long()
-    confusion = cells.bincount(minlength=classes**2).view(classes, classes)
-    right, total = confusion.diag(), confusion.sum(1)
-    return dict(
-        accuracy=right.sum().item() / total.sum().item() if known.any() else None,
-        per_class=[r / t if t else None for r, t in zip(right.tolist(), total.tolist())],
-        confusion=confusion,
-    )
-
-
-def evaluate(student, images):
-    """score() of the student's predictions for Images against their truth."""
-    return score(predict(student, images.pixels), images.truth)
-
-
-# ======================================================================================================================
 # Files: read without running code in them, written whole or not at all
 # ======================================================================================================================
 
@@ -1183,7 +1208,7 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen kinds, by what is wrong with it
-        reason = "cut off? If so, delete it"
+        reason = "cut off? If so, delete it" if Path(path).is_file() else "there is no such file"
         if "TorchScript" in str(error):
             reason = "it is TorchScript; if OpenAI's, lay it into ~/.cache/clip and name the model"
         raise UserError(f"cannot read {path} as a file of tensors: {reason}") from error
@@ -1341,10 +1366,10 @@ def complete(config):
     if config.size is None:
         config = replace(config, size=Folder(config.images).usual_size())
     if config.out is None:
-        return replace(
-            config, out=str(free_folder(Path(config.images).resolve().name if config.images else config.dataset))
-        )
-    if Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
+        name = Path(config.images).resolve().name if config.images else config.dataset
+        return replace(config, out=str(free_folder(name)))
+    there = [Path(config.out)] if Path(config.out).is_file() else Path(config.out).glob("*")
+    if any(path.suffix != ".part" for path in there):  # but a draft may lie there, of a run that broke off at once
         raise UserError(f"{config.out} is not empty: choose another --out, or go on with --resume {config.out}")
     return config
 
@@ -1356,18 +1381,18 @@ def free_folder(name):
 
 
 def listed(value, separator=None):
-    """Items of a setting: the lines of the text file that it names, or its parts between separators; None of None."""
+    """Items of a setting: the lines of the text file that it names, or else its parts between separators."""
     if value is None:
         return None
-    try:
-        parts = Path(value).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(value) else [value]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot read {value}: {first_line(error)}") from error
-    if separator and not os.path.isfile(value):
-        parts = value.split(separator)
+    parts = value.split(separator) if separator else [value]
+    if os.path.isfile(value):
+        try:
+            parts = Path(value).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"cannot read {value}: {first_line(error)}") from error
     items = [part.strip() for part in parts if part.strip()]
     if not items or len(set(items)) < len(items):
-        raise UserError(f"{value}: {'names something twice' if items else 'is empty'}")
+        raise UserError(f"{value} {'names something twice' if items else 'is empty'}")
     return items
 
 
@@ -1577,4 +1602,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.modules["tclip"] = sys.modules["__main__"]  # for tclip_report, which imports tclip: one UserError, not two
     sys.exit(main())

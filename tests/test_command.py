@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -19,8 +20,11 @@ import tclip
 from tclip import OPENAI_CLIP, Config, complete, load_images, load_student, main
 
 SCRIPT = Path(tclip.__file__).resolve()
-SMALL = ("--epochs", "2", "--size", "8", "--device", "cpu", "--label-warmup", "1")
-FILES = {"config.json", "checkpoint.pt", "metrics.csv", "labels.csv", "model.pt", "summary.json", "noise.png"}
+SMALL = ("--epochs", "2", "--size", "8", "--device", "cpu", "--label-momentum", "0.9")
+FILES = {"config.json", "checkpoint.pt", "metrics.csv", "labels.csv", "model.pt", "summary.json"}
+if importlib.util.find_spec("tclip_report"):  # beside tclip.py, or installed
+    FILES |= {"report.html", "noise.png"}
+OPEN = {"images", "classes", "templates", "truth", "pseudo_labels"}  # settings that may stay None
 
 
 def call(*arguments, cwd):
@@ -58,8 +62,9 @@ def test_files(finished):
     """Everything is there, nothing half-written is left, and the picture is one."""
     _, run = finished
     assert {file.name for file in run.iterdir()} == FILES
-    with Image.open(run / "noise.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) > 300
+    if "noise.png" in FILES:
+        with Image.open(run / "noise.png") as picture:
+            assert picture.format == "PNG" and min(picture.size) > 300
 
 
 def test_last_line(finished, summary):
@@ -71,9 +76,10 @@ def test_last_line(finished, summary):
 
 
 def test_config(finished):
-    """config.json holds every setting, none of them open, and makes the same Config again."""
+    """config.json holds every setting, open are those alone that say "none", and it makes the same Config again."""
     values = json.loads((finished[1] / "config.json").read_text())
-    assert set(values) == {f.name for f in dataclasses.fields(Config)} and None not in values.values()
+    assert set(values) == {f.name for f in dataclasses.fields(Config)}
+    assert {name for name, value in values.items() if value is None} == OPEN
     assert values["epochs"] == 2 and values["size"] == 8 and values["dataset"] == "digits"
     assert dataclasses.asdict(Config(**values)) == values
 
@@ -89,15 +95,15 @@ def test_metrics(finished, summary):
 def test_labels(finished, summary):
     """labels.csv has each unlabeled image once, and its labels are as right as the summary says."""
     rows, truth = rows_of(finished[1] / "labels.csv"), load_digits().target
-    assert list(rows[0])[:6] == ["image", "clip_label", "clip_confidence", "label", "confidence", "changed"]
-    assert len({row["image"] for row in rows}) == len(rows) == summary["images"] == 1437
+    assert list(rows[0]) == ["file", "teacher_label", "teacher_confidence", "label", "confidence", "changed"]
+    assert len({row["file"] for row in rows}) == len(rows) == summary["images"] == 1437
     names = tclip.DATASETS["digits"].classes
-    for column, key in (("clip_label", "teacher_accuracy"), ("label", "label_accuracy")):
-        right = sum(row[column] == names[truth[int(row["image"])]] for row in rows)
+    for column, key in (("teacher_label", "teacher_accuracy"), ("label", "label_accuracy")):
+        right = sum(row[column] == names[truth[int(row["file"])]] for row in rows)
         assert right / len(rows) == pytest.approx(summary[key])
     for row in rows:
-        assert row["changed"] == str(int(row["label"] != row["clip_label"]))
-        assert 0.1 <= float(row["confidence"]) <= 1 and 0.1 <= float(row["clip_confidence"]) <= 1
+        assert row["changed"] == str(int(row["label"] != row["teacher_label"]))
+        assert 0.1 <= float(row["confidence"]) <= 1 and 0.1 <= float(row["teacher_confidence"]) <= 1
 
 
 def test_model(finished, summary):
@@ -116,7 +122,8 @@ def test_model(finished, summary):
 
 def test_summary(summary):
     """The summary says with what the numbers were got, and its classes average to its accuracies."""
-    assert summary["dataset"] == "digits" and summary["clip"] == "offline" and summary["seed"] == 0
+    assert summary["dataset"] == "digits" and summary["teacher"] == "offline" and summary["seed"] == 0
+    assert summary["skipped"] == 0 and 0 < summary["agreement"] <= 1
     assert summary["torch"] == torch.__version__ and summary["device"] == "cpu" and summary["seconds"] > 0
     sizes = load_images("digits", size=8).truth.bincount().tolist()
     for who, key in (("teacher", "teacher_accuracy"), ("student", "transductive_accuracy")):
@@ -136,7 +143,7 @@ def test_repeats_to_the_bit(finished, tmp_path, monkeypatch):
 
 def test_resume(copy, summary, tmp_path, monkeypatch, capsys):
     """--resume takes up a run where its folder lies now, whatever folder one is in, and completes it there."""
-    for name in ("labels.csv", "model.pt", "summary.json", "noise.png"):
+    for name in FILES - {"config.json", "checkpoint.pt", "metrics.csv"}:
         (copy / name).unlink()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -191,8 +198,13 @@ def test_no_half_written_file(tmp_path):
     """A file that cannot be written to its end leaves the one of before as it was."""
     tclip.write_csv(tmp_path / "rows.csv", [dict(a=1, b="x,y"), dict(a=2, b="ü")])
     assert rows_of(tmp_path / "rows.csv") == [dict(a="1", b="x,y"), dict(a="2", b="ü")]
-    with pytest.raises(ValueError):
-        tclip.write_csv(tmp_path / "rows.csv", [dict(a=1, b=2), dict(unheard=3)])
+
+    def rows():
+        yield dict(a=3, b="new")
+        raise ValueError("in the midst of it")
+
+    with pytest.raises(ValueError, match="midst"):
+        tclip.write_csv(tmp_path / "rows.csv", rows())
     assert rows_of(tmp_path / "rows.csv") == [dict(a="1", b="x,y"), dict(a="2", b="ü")]
 
 
@@ -323,14 +335,14 @@ def test_resume_with_other_settings(copy, refused):
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14@336px"])
 def test_no_network(name, clip_package, offline, refused):
-    """OpenAI's weights without network: what is missing, where it belongs, and its SHA-256, to bring it by hand."""
+    """OpenAI's weights without network: what is missing and where it belongs, to bring it by hand."""
     message = refused("--clip", name)
     file = offline / ".cache" / "clip" / f"{name.replace('/', '-').replace('@', '-')}.pt"
-    assert name in message and str(file) in message and OPENAI_CLIP[name] in message
-    if clip_package == "clip":  # the file name and the sum are those of the package itself
+    assert name in message and str(file) in message
+    if clip_package == "clip":  # the names are those of the package itself
         import clip
 
-        assert clip.clip._MODELS[name].split("/")[-2:] == [OPENAI_CLIP[name], file.name]
+        assert Path(clip.clip._MODELS[name]).name == file.name and set(clip.clip._MODELS) == set(OPENAI_CLIP)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off"])
@@ -340,7 +352,7 @@ def test_cut_off_download(content, clip_package, offline, refused):
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
     message = refused("--clip", "ViT-B/32")
-    assert str(file) in message and "delete" in message and OPENAI_CLIP["ViT-B/32"] in message
+    assert str(file) in message and "delete" in message
 
 
 @pytest.mark.parametrize("tag", ["laion2b_s34b_b79k", "laion400m_e32"])
@@ -363,7 +375,7 @@ def test_no_network_for_open_clip(tag, monkeypatch, refused):
 def test_no_network_as_a_user_sees_it(offline, tmp_path):
     """The documented second command, without network: exit code 2 and one line."""
     done = call("--dataset", "cifar10", "--root", tmp_path / "data", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and "ViT-B-32.pt" in line_of(done.stderr)
+    assert done.returncode == 2 and done.stdout == "" and "cifar-10-python.tar.gz" in line_of(done.stderr)
     assert not (tmp_path / "runs").exists()
 
 

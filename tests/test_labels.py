@@ -103,8 +103,9 @@ def test_epochs(momentum, balanced, neighbours, sharpness):
     probs = predictions(n, classes)
     labels = EnsembleLabels(probs, momentum, neighbours, sharpness, balanced)
     read = (lambda q: sinkhorn(torch.from_numpy(q))) if balanced else (lambda q: q / q.sum(1, keepdims=True))
-    table = read(probs.double().numpy())
-    for epoch in range(4):
+    start = read(probs.double().numpy())
+    table = start.copy()
+    for _ in range(4):
         seen, places = {i: [] for i in range(n)}, {i: [] for i in range(n)}
         for index in [rng.integers(n, size=6) for _ in range(5)]:  # an image may stand in a batch twice
             p = predictions(len(index), classes, seed=int(rng.integers(1000)), sharpness=2)
@@ -114,15 +115,17 @@ def test_epochs(momentum, balanced, neighbours, sharpness):
                 seen[i].append(row)
                 places[i].append(place)
         assert not all(seen.values()) and max(map(len, seen.values())) > 1
-        labels.end_epoch(update=epoch > 0)
-        if epoch > 0:
-            those = [i for i in range(n) if seen[i]]  # the others keep their label
-            q = np.stack([np.mean(seen[i], axis=0) for i in those])
-            if neighbours:
-                unit = np.stack([np.sum(places[i], axis=0) for i in those])
-                unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-                q = np.stack([q[chosen].mean(0) for chosen in neighbours_of(unit, range(len(those)), neighbours)])
-            table[those] = momentum * table[those] + (1 - momentum) * read(q**sharpness)
+        labels.end_epoch()
+        those = [i for i in range(n) if seen[i]]  # the others keep their label
+        q = np.stack([np.mean(seen[i], axis=0) for i in those])
+        if neighbours:
+            unit = np.stack([np.sum(places[i], axis=0) for i in those])
+            unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+            q = np.stack([q[chosen].mean(0) for chosen in neighbours_of(unit, range(len(those)), neighbours)])
+        trust = np.mean([sum(p * p for p in row) for row in q])
+        assert momentum == 1 or abs(labels.trust - trust) < 1e-5
+        q = (1 - trust) * start[those] + trust * read(q**sharpness)
+        table[those] = momentum * table[those] + (1 - momentum) * q
         np.testing.assert_allclose(labels.table, table, atol=1e-3 if balanced else 1e-6)  # ours stops earlier
         np.testing.assert_allclose(labels.table.sum(1), 1, atol=1e-5)
         assert (labels.table >= 0).all()
@@ -130,16 +133,27 @@ def test_epochs(momentum, balanced, neighbours, sharpness):
         assert torch.equal(labels.targets(index), labels.table[index])
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_warm_up(balanced):
-    """update=False leaves the table to the bit, and what was recorded then is not counted later."""
-    labels = EnsembleLabels(predictions(10, 3), momentum=0.5, neighbours=0, balanced=balanced)
-    begin = labels.table.clone()
+def test_recorded_once():
+    """What was recorded in an epoch is not counted in the next."""
+    labels = EnsembleLabels(predictions(10, 3), momentum=0.5, neighbours=0)
     labels.record(torch.arange(10), predictions(10, 3, seed=1), embeddings(10))
-    labels.end_epoch(update=False)
-    assert torch.equal(labels.table, begin)
-    labels.end_epoch()  # nothing was recorded in this epoch
-    assert torch.equal(labels.table, begin)
+    labels.end_epoch()
+    table = labels.table.clone()
+    labels.end_epoch()
+    assert torch.equal(labels.table, table)
+
+
+def test_trust():
+    """Neighbours of one mind are followed; where each says something else, or nothing, the teacher's word stays."""
+    probs, places = predictions(12, 3), embeddings(12)
+    one_mind, undecided = torch.eye(3)[torch.zeros(12, dtype=torch.long)], torch.full((12, 3), 1 / 3)
+    at_odds = torch.eye(3)[torch.arange(12) % 3]
+    for said, trust in ((one_mind, 1), (undecided, 1 / 3), (at_odds, 1 / 3)):
+        labels = EnsembleLabels(probs, momentum=0.0, neighbours=12, balanced=False)
+        labels.record(torch.arange(12), said, places)
+        labels.end_epoch()
+        assert abs(labels.trust - trust) < 1e-6
+        torch.testing.assert_close(labels.table, (1 - trust) * probs + trust * said.mean(0))
 
 
 def test_unseen_images_keep_their_labels():
@@ -153,9 +167,11 @@ def test_unseen_images_keep_their_labels():
 
 
 def test_momentum_limits():
-    """m = 1 keeps the teacher's labels for ever; m = 0 takes the mean of the views seen last."""
+    """m = 1 keeps the teacher's labels for ever; m = 0 takes the mean of the views seen last, as far as trusted."""
     probs, first, second = (predictions(8, 3, seed) for seed in range(3))
-    for momentum, expected in ((1.0, probs), (0.0, (first + second) / 2)):
+    said = (first + second) / 2
+    trust = said.square().sum(1).mean()
+    for momentum, expected in ((1.0, probs), (0.0, (1 - trust) * probs + trust * said)):
         labels = EnsembleLabels(probs, momentum=momentum, neighbours=0, sharpness=1.0, balanced=False)
         for views in (first, second):
             labels.record(torch.arange(8), views, embeddings(8))

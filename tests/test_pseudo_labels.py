@@ -224,6 +224,7 @@ def test_normalisation_of_the_model(monkeypatch):
     class Visual:
         mean, std = (0.5, 0.25, 0.5), (0.5, 0.5, 0.25)
         preprocess_cfg = dict(size=(16, 16), mean=mean, std=std, interpolation="bilinear", resize_mode="squash")
+        state_dict = staticmethod(dict)
 
     class Model(torch.nn.Module):
         visual = Visual()

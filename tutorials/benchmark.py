@@ -1,0 +1,462 @@
+"""Benchmark: tclip beside other ways to learn from the same noisy pseudo-labels, several seeds each.
+
+    python tutorials/benchmark.py --suite digits                     # offline
+    python tutorials/benchmark.py --suite eurosat --root data        # EuroSAT, sized for a CPU
+    python tutorials/benchmark.py --suite cifar10 --root data --full # CIFAR-10 with a ResNet-18, for a GPU
+    python tutorials/benchmark.py --suite digits --methods tclip,GCE --seeds 3
+
+The methods are those of baselines.py. A finished run is one row of results/SUITE.csv at once, so that an interrupted
+benchmark goes on where it was: call it again. A row counts for the settings that it was made with; when those change
+it stays in the file, but is left out of the table, and the run is done anew. At the end (and when nothing is left to
+do) the table is printed, and drawn to results/SUITE.png.
+
+Truth is read after a run to count what is right, and by nothing before; the student is that of the last epoch.
+
+Suites, and who names the images where no CLIP is asked for (--teacher clip):
+
+    digits    the offline CLIP
+    eurosat   a *simulated* annotator: see simulated_annotator() below
+    cifar10   where ROOT/cifar10_annotator.npz lies, the out-of-fold predictions in it, of a network trained on noisy
+              labels: as often right as a CLIP, but no CLIP. ROOT/cifar10/ then has the images: unlabeled/*.jpg,
+              test/CLASS/*.jpg, classes.txt and truth.csv (file, label). Elsewhere CLIP names torchvision's CIFAR-10.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # tclip.py and baselines.py of this checkout
+import baselines
+from baselines import METHODS
+
+import tclip
+from tclip import UserError
+
+RESULTS = HERE / "results"
+SMALL = {  # without --full: settings for a CPU, and how many of the unlabeled images are taken
+    "digits": ({}, None),
+    "eurosat": (dict(size=24, arch="resnet8"), 3000),
+    "cifar10": (dict(size=32, arch="resnet8"), 10_000),
+}
+
+
+# ======================================================================================================================
+# Tasks: images, and what a teacher says of them
+# ======================================================================================================================
+
+
+@dataclass
+class Task:
+    """images are unlabeled, for training; heldout are not. probs and heldout_probs (None: not known): the teacher's."""
+
+    images: tclip.Images
+    heldout: tclip.Images
+    probs: torch.Tensor
+    heldout_probs: torch.Tensor | None
+    teacher: str
+
+
+def subset(images, rows):
+    """The Images at the positions `rows`, int64."""
+    names = [images.names[i] for i in rows]
+    return tclip.Images(images.pixels[rows], names, images.classes, images.truth[rows])
+
+
+def load_task(config, teacher=None, count=None):
+    """The Task of the data set config.dataset, see the top. count: so many of its unlabeled images, None: all."""
+    simulations = {"eurosat": simulated_eurosat, "cifar10": annotated_cifar10}
+    if teacher is None:
+        there = config.dataset == "eurosat" or cifar10_annotator(config).exists()
+        teacher = "simulated" if there and config.dataset in simulations else "clip"
+    if teacher == "simulated" and config.dataset not in simulations:
+        raise UserError(f"no simulated teacher for {config.dataset}; there is one for {', '.join(simulations)}")
+    task = (named_by_clip if teacher == "clip" else simulations[config.dataset])(config)
+    if count and count < len(task.probs):
+        rows = torch.randperm(len(task.probs), generator=torch.Generator().manual_seed(0))[:count].sort().values
+        task = replace(task, images=subset(task.images, rows), probs=task.probs[rows])
+    return task
+
+
+def named_by_clip(config):
+    """The data set as tclip.run() sees it."""
+    teacher = tclip.load_clip(config.clip, tclip.pick_device(config.device))
+    templates = tclip.DATASETS[config.dataset].templates
+    _, classes = tclip.open_dataset(config.dataset, config.root)
+    prompts = tclip.text_classifier(teacher, classes, templates).cpu()
+    images, heldout = (
+        tclip.load_images(config.dataset, config.root, split, config.size, teacher) for split in ("train", "test")
+    )
+    probs, heldout_probs = (tclip.zero_shot_probs(part.features, prompts) for part in (images, heldout))
+    return Task(images, heldout, probs, heldout_probs, f"CLIP {config.clip}")
+
+
+def cifar10_annotator(config):
+    """The file with the predictions of CIFAR-10's annotator."""
+    return Path(config.root) / "cifar10_annotator.npz"
+
+
+def annotated_cifar10(config):
+    """CIFAR-10 from files, and the predictions in cifar10_annotator.npz. UserError: they do not fit each other."""
+    folder = Path(config.root) / "cifar10"
+    saved = read_arrays(cifar10_annotator(config))
+    try:
+        classes = (folder / "classes.txt").read_text(encoding="utf-8").split()
+        with open(folder / "truth.csv", newline="", encoding="utf-8") as file:
+            truth = {row["file"]: classes.index(row["label"]) for row in csv.DictReader(file)}
+        if list(saved["classes"]) != classes:
+            raise ValueError("the annotator's classes are others")
+        unlabeled = {folder / "unlabeled" / name: truth[name] for name in saved["files"].tolist()}
+        test = {path: i for i, name in enumerate(classes) for path in sorted((folder / "test" / name).glob("*.jpg"))}
+        images, heldout = (read_files(part, classes, config.size) for part in (unlabeled, test))
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"cannot read CIFAR-10 from {folder}: {tclip.first_line(error)}") from error
+    return Task(images, heldout, torch.from_numpy(saved["probs"]).float(), None, "annotator of CIFAR-10, no CLIP")
+
+
+def read_files(truth, classes, size):
+    """Images of the files that are the keys of `truth`."""
+    pixels = torch.empty(len(truth), 3, size, size, dtype=torch.uint8)
+    for row, path in zip(pixels, tqdm(truth, "images", disable=None)):
+        with Image.open(path) as image:
+            row[:] = tclip.square(image, size)
+    return tclip.Images(pixels, [path.name for path in truth], classes, torch.tensor(list(truth.values())))
+
+
+def read_arrays(path):
+    """The arrays of an .npz file as a dict. UserError: it cannot be read."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except Exception as error:  # numpy and zipfile raise half a dozen kinds
+        raise UserError(f"cannot read {path}: {tclip.first_line(error)}. Delete it if it is cut off") from error
+
+
+# ======================================================================================================================
+# EuroSAT's simulated annotator: rich but misnaming, as CLIP is
+# ======================================================================================================================
+
+BENT = {  # class: (a similar one, towards which its prototype is moved, and how far; it then takes images of that)
+    "annual crop land": ("pasture land", 0.5),
+    "forest": ("lake or sea", 0.05),
+    "brushland or shrubland": ("pasture land", 0.55),
+    "highway or road": ("river", 0.6),
+    "industrial buildings or commercial buildings": ("residential buildings or homes or apartments", 0.2),
+    "pasture land": ("brushland or shrubland", 0.5),
+    "permanent crop land": ("brushland or shrubland", 0.65),
+    "residential buildings or homes or apartments": ("industrial buildings or commercial buildings", 0.1),
+    "river": ("lake or sea", 0.55),
+    "lake or sea": ("forest", 0.2),
+}
+ANNOTATOR = dict(  # what the answers depend on
+    config=dict(size=32, arch="resnet8", epochs=24, batch_size=128), labeled=9000, calibration=1800, bent=BENT
+)
+
+
+def simulated_eurosat(config):
+    """EuroSAT without the third that the annotator learned from, and the annotator's answers, made once and kept."""
+    digest = hashlib.sha256(json.dumps(ANNOTATOR).encode()).hexdigest()[:10]
+    path = Path(config.root) / f"eurosat_annotator_{digest}.npz"
+    if not path.exists():
+        print(f"the annotator of EuroSAT is trained, once: some minutes, then it lies in {path}", flush=True)
+        arrays = simulated_annotator(config.root)
+
+        def write(draft):
+            with open(draft, "wb") as file:
+                np.savez(file, **arrays)
+
+        tclip.write_whole(path, write)
+    saved = read_arrays(path)
+    images, heldout = (tclip.load_images("eurosat", config.root, split, config.size) for split in ("train", "test"))
+    rows = torch.from_numpy(saved["rows"])
+    probs, heldout_probs = (torch.from_numpy(saved[name]) for name in ("unlabeled", "heldout"))
+    return Task(subset(images, rows), heldout, probs, heldout_probs, f"simulated annotator {digest}")
+
+
+def simulated_annotator(root):
+    """Answers about EuroSAT by a network that sees well and names badly. It is no CLIP, and stands for none.
+
+    A network is trained on a labeled third of the images. Its classes are then named by prototypes, the mean unit
+    features of each, as CLIP's are by the embeddings of prompts; and each prototype is moved towards another, similar
+    class (BENT), as if the prompt were ill chosen. So images of a class lie together, and whole classes are misnamed.
+    The table was found by trying many, with the truth in view, for about 60 % right answers: some classes nearly always
+    right, some nearly never, and none just renamed into another and back, which nobody could tell without labels. The
+    temperature makes the mean confidence what the accuracy is, on a fifth of the third that was not learned from.
+
+    Returns arrays: rows (N,), the positions of the other unlabeled images, and the probabilities `unlabeled` (N, C)
+    and `heldout` (M, C). It repeats on the same machine, always on the CPU; another may round otherwise.
+    """
+    from sklearn.model_selection import train_test_split
+
+    size = ANNOTATOR["config"]["size"]
+    images, heldout = (tclip.load_images("eurosat", root, split, size) for split in ("train", "test"))
+    labeled, rows = train_test_split(
+        range(len(images.pixels)), train_size=ANNOTATOR["labeled"], stratify=images.truth, random_state=0
+    )
+    learned, calibration = train_test_split(
+        labeled, test_size=ANNOTATOR["calibration"], stratify=images.truth[labeled], random_state=0
+    )
+    truth, learned = images.truth, torch.tensor(learned)
+    config = tclip.complete(tclip.Config("eurosat", device="cpu", **ANNOTATOR["config"]))
+    torch.manual_seed(0)
+    network, optimizer = baselines.new_student(config, images)
+    for epoch in baselines.epochs(config):
+        network.train()
+        for index in baselines.batches(config, optimizer, learned, epoch):
+            views = tclip.augment(images.pixels[index], area=(0.6, 1.0), flip=0.5)  # (B, 3, H, W), one of each image
+            baselines.descend(optimizer, F.cross_entropy(baselines.forward(network, views), truth[index]))
+
+    network.eval().classifier = torch.nn.Identity()  # now it answers with its features
+    with torch.inference_mode():
+        features, heldout_features = (
+            torch.cat([F.normalize(network(x.float() / 255)[0], dim=1) for x in part.pixels.split(1024)])
+            for part in (images, heldout)
+        )  # (N, D), unit rows
+    means = torch.stack([features[learned[truth[learned] == c]].mean(0) for c in range(len(images.classes))])
+    prototypes = bend(F.normalize(means, dim=1), images.classes, ANNOTATOR["bent"])
+    scores = features @ prototypes.T
+    temperature = calibrated_temperature(scores[calibration], truth[calibration])
+    return dict(
+        rows=np.array(rows),
+        unlabeled=(scores[rows] / temperature).softmax(1).numpy(),
+        heldout=(heldout_features @ prototypes.T / temperature).softmax(1).numpy(),
+    )
+
+
+def bend(prototypes, classes, bent):
+    """Unit rows (C, D), each moved towards that of another class and made unit again."""
+    partners = [classes.index(bent[name][0]) for name in classes]
+    share = torch.tensor([[bent[name][1]] for name in classes])  # (C, 1)
+    return F.normalize((1 - share) * prototypes + share * prototypes[partners], dim=1)
+
+
+def calibrated_temperature(scores, truth):
+    """The temperature at which softmax(scores / temperature) is on average as confident as it is right."""
+    accuracy = tclip.score(scores, truth)["accuracy"]
+    low, high = 1e-4, 1e2  # the confidence falls as the temperature rises: halve, on a scale of ratios
+    for _ in range(50):
+        middle = (low * high) ** 0.5
+        confident = (scores / middle).softmax(1).amax(1).mean() > accuracy
+        low, high = (middle, high) if confident else (low, middle)
+    return middle
+
+
+# ======================================================================================================================
+# Runs and their rows
+# ======================================================================================================================
+
+
+def settings_of(name, config, task):
+    """All that a row's numbers follow from, but the seed, as json: rows count as long as this is the same.
+
+    The code is not part of it: after a change that matters, delete the file of the results.
+    """
+    method = METHODS[name]
+    config = replace(config, **method.settings)
+    fields = asdict(config)
+    if method.train is not tclip.train:  # the others read these only
+        shared = ("dataset", "size", "arch", "views", "epochs", "batch_size", "lr", "weight_decay")
+        fields = {name: fields[name] for name in shared}
+    settings = {k: v for k, v in fields.items() if k not in ("root", "clip", "seed", "device", "compile", "out")}
+    settings |= {k: getattr(v, "__name__", v) for k, v in method.own.items()}
+    names = hashlib.sha256(task.probs.argmax(1).numpy().tobytes()).hexdigest()[:10]
+    settings |= dict(train=method.train.__name__, labels=method.labels.__name__, teacher=task.teacher, names=names)
+    return json.dumps(settings | dict(images=len(task.images.pixels), heldout=len(task.heldout.pixels)))
+
+
+def digest_of(settings):
+    """Ten letters for settings_of()."""
+    return hashlib.sha256(settings.encode()).hexdigest()[:10]
+
+
+def worst(result):
+    """The accuracy of the worst class of a tclip.score()."""
+    return min(accuracy for accuracy in result["per_class"] if accuracy is not None)
+
+
+def one_run(name, config, task):
+    """Train a student by the method `name`, and its row of the results. UserError: its predictions are not finite."""
+    started = time.perf_counter()
+    student, labels = METHODS[name].run(config, task.images, task.probs)
+    seconds = time.perf_counter() - started
+    probs, heldout_probs = (tclip.predict(student, part.pixels) for part in (task.images, task.heldout))
+    if not probs.isfinite().all():
+        raise UserError(f"{name}, seed {config.seed}: the student's predictions are not finite")
+    by_student, by_teacher = tclip.score(probs, task.images.truth), tclip.score(task.probs, task.images.truth)
+    unseen = None if task.heldout_probs is None else tclip.score(task.heldout_probs, task.heldout.truth)["accuracy"]
+    device, settings = tclip.pick_device(config.device), settings_of(name, config, task)
+    return dict(
+        suite=config.dataset,
+        method=name,
+        seed=config.seed,
+        transductive=by_student["accuracy"],
+        inductive=tclip.score(heldout_probs, task.heldout.truth)["accuracy"],
+        worst_class=worst(by_student),
+        label_accuracy="" if labels is None else tclip.score(labels.cpu(), task.images.truth)["accuracy"],
+        teacher=task.teacher,
+        teacher_transductive=by_teacher["accuracy"],
+        teacher_inductive="" if unseen is None else unseen,
+        teacher_worst_class=worst(by_teacher),
+        seconds=round(seconds, 1),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        torch=torch.__version__,
+        digest=digest_of(settings),
+        settings=settings,
+    )
+
+
+def read_rows(path):
+    """Rows of the results so far, a dict of strings each."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def benchmark(path, config, task, methods, seeds):
+    """Do the runs that results at `path` lack. Returns the rows of these methods and seeds, of the present settings.
+
+    Seeds are the outer loop, so that what is there after an interruption can be compared.
+    """
+    digests = {name: digest_of(settings_of(name, config, task)) for name in methods}
+
+    wanted = [(name, seed) for seed in range(seeds) for name in methods]
+
+    def finished():
+        rows = [row for row in read_rows(path) if row["digest"] == digests.get(row["method"])]
+        return {run: row for row in rows if (run := (row["method"], int(row["seed"]))) in wanted}
+
+    missing = [run for run in wanted if run not in finished()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, seed in (bar := tqdm(missing, config.dataset, unit="run", disable=None)):
+        bar.set_postfix_str(f"{name}, seed {seed}")
+        row = one_run(name, replace(config, seed=seed), task)
+        tclip.write_csv(path, [*read_rows(path), row])  # whole or not at all
+        tqdm.write(f"{name}, seed {seed}: {row['transductive']:.1%} of the unlabeled, {row['inductive']:.1%} of the "
+                   f"held-out images right, {row['seconds']:.0f} s")  # fmt: skip
+    rows = finished()
+    return [rows[run] for run in wanted]
+
+
+# ======================================================================================================================
+# Table and picture
+# ======================================================================================================================
+
+COLUMNS = {
+    "unlabeled": "transductive", "held out": "inductive", "worst class": "worst_class", "labels": "label_accuracy"
+}  # fmt: skip
+
+
+def mean_and_sd(values):
+    """Mean and sample standard deviation, which is 0 for a single value; None where there is no value."""
+    values = [float(value) for value in values if value != ""]
+    return (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
+
+
+def summarise(rows):
+    """A dict for each line of the table, the teacher first: name, seeds, seconds; (mean, sd) or None a column."""
+    first = rows[0]
+    teacher = {column: mean_and_sd([first.get(f"teacher_{field}", "")]) for column, field in COLUMNS.items()}
+    lines = [dict(name=f"teacher: {first['teacher']}", seeds=0, seconds=None) | teacher]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        runs = [row for row in rows if row["method"] == name]
+        figures = {column: mean_and_sd([row[field] for row in runs]) for column, field in COLUMNS.items()}
+        seconds = mean_and_sd([row["seconds"] for row in runs])[0]
+        lines.append(dict(name=name, seeds=len(runs), seconds=seconds) | figures)
+    return lines
+
+
+def table(lines):
+    """The lines of summarise() in Markdown: percentages, mean ± standard deviation over the seeds."""
+
+    def percent(figure, seeds):
+        if figure is None:
+            return ""
+        return f"{100 * figure[0]:.1f}" + (f" ± {100 * figure[1]:.1f}" if seeds > 1 else "")
+
+    cells = [["", *COLUMNS, "seconds", "seeds"]]
+    for line in lines:
+        figures = [percent(line[column], line["seeds"]) for column in COLUMNS]
+        cells.append([line["name"], *figures, f"{line['seconds']:.0f}" if line["seeds"] else "", line["seeds"] or ""])
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(str(c).ljust(w) for c, w in zip(row, widths)) + " |" for row in cells)
+
+
+def draw(path, suite, lines):
+    """Picture of the table: a bar a method for unlabeled and for held-out images, the teacher as vertical lines."""
+    from matplotlib.figure import Figure
+
+    teacher, *methods = lines
+    figure = Figure((8, 1.6 + 0.42 * len(methods)), layout="constrained")
+    ax = figure.subplots()
+    looks = {"unlabeled": ("#0072B2", "", "-"), "held out": ("#E69F00", "//", "--")}  # Okabe and Ito's palette
+    for offset, (column, (color, hatch, style)) in zip((-0.2, 0.2), looks.items()):
+        means, sds = zip(*((100 * line[column][0], 100 * line[column][1]) for line in methods))
+        places = [place + offset for place in range(len(methods))]
+        errors = dict(xerr=sds, capsize=2) if any(sds) else {}
+        ax.barh(places, means, 0.38, color=color, hatch=hatch, edgecolor="white", label=column, **errors)
+        if teacher[column]:
+            ax.axvline(100 * teacher[column][0], color="black", linestyle=style, label=f"teacher, {column}")
+    seeds = sorted({line["seeds"] for line in methods})
+    spread = "one seed" if seeds == [1] else f"mean and standard deviation, {'-'.join(map(str, seeds))} seeds"
+    ax.set_yticks(range(len(methods)), [line["name"] for line in methods])
+    ax.invert_yaxis()  # the first on top
+    ax.set_xlim(0, 100)
+    ax.set_xlabel(f"images right, % ({spread})")
+    ax.set_ylabel("method")
+    ax.set_title(f"{suite}, {teacher['name']}")
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def main(argv=None):
+    """The command line. Returns the exit code: 0, 2 after a UserError, 130 after Ctrl-C."""
+    usage, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=usage, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=SMALL, default="digits", help="which data [digits]")
+    parser.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, ... [5]")
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, with commas between them [all]")
+    parser.add_argument("--full", action="store_true", help="all images and the full network, for a GPU")
+    parser.add_argument("--root", default="data", help="folder of the data sets [data]")
+    parser.add_argument("--teacher", choices=("simulated", "clip"), help="who names the images [see above]")
+    arguments = parser.parse_args(argv)
+    try:
+        methods = arguments.methods.split(",")
+        for name in methods:
+            if name not in METHODS:
+                raise UserError(f"unknown method {name!r}; there is: {tclip.nearest(name, METHODS)}")
+        if arguments.seeds < 1:
+            raise UserError(f"--seeds {arguments.seeds}: must be at least 1")
+        small, count = ({}, None) if arguments.full else SMALL[arguments.suite]
+        config = tclip.complete(tclip.Config(arguments.suite, root=arguments.root, **small))
+        task = load_task(config, arguments.teacher, count)
+        path = RESULTS / f"{arguments.suite}.csv"
+        lines = summarise(benchmark(path, config, task, methods, arguments.seeds))
+        tclip.write_whole(path.with_suffix(".png"), lambda draft: draw(draft, arguments.suite, lines))
+    except UserError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbenchmark: stopped. What is finished is kept: go on with the same command.", file=sys.stderr)
+        return 130
+    print(table(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
