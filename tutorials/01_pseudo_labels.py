@@ -26,7 +26,8 @@
 # handwritten digits. The CLIP used here is a tiny one that has only ever seen *printed* digits (see
 # [offline_clip.py](offline_clip.py)), so that handwriting confuses it, as unfamiliar images confuse its big sisters.
 #
-# In [tclip.py](../tclip.py) this is the section *Pseudo-labels*: `load_clip`, `text_classifier`, `zero_shot_probs`.
+# In [tclip.py](../tclip.py) this is the section *Pseudo-labels* (`text_classifier`, `zero_shot_probs`); `load_clip` is
+# in the section *Teachers*, `balance` in *Ensemble labels*.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
 # [colab]: https://colab.research.google.com/github/OWNER/tclip/blob/main/tutorials/01_pseudo_labels.ipynb

@@ -73,6 +73,7 @@ probs = tclip.zero_shot_probs(images.features, prompts)  # (N, C), the pseudo-la
 pixels, N, C = images.pixels, len(images.pixels), len(images.classes)
 
 config = tclip.complete(tclip.Config(epochs=EPOCHS, device="cpu"))  # complete(): fills in what the data set decides
+LR = config.lr * config.batch_size / 256  # as train() scales it
 print(
     "student",
     config.arch,
@@ -135,7 +136,7 @@ def first_version():
     """Cross-entropy with CLIP's best name, at a constant learning rate."""
     torch.manual_seed(0)
     student = tclip.Student(config.arch, C, config.size)
-    optimizer = torch.optim.SGD(student.parameters(), lr=config.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(student.parameters(), lr=LR, momentum=0.9)
     names = probs.argmax(1)
     for _ in range(EPOCHS):
         student.train()
@@ -153,8 +154,8 @@ def first_version():
 first_version()
 teacher_accuracy = tclip.score(probs, images.truth)["accuracy"]
 takeaway(
-    f"this short loop makes a student that is {curves['1 cross-entropy, hard labels'][-1]:.1%} right, of a teacher"
-    f" that is {teacher_accuracy:.1%} right. It has the names from CLIP alone, mistakes included."
+    f"this short loop makes a student that is {curves['1 cross-entropy, hard labels'][-1]:.1%} right, of a teacher "
+    f"that is {teacher_accuracy:.1%} right. It has the names from CLIP alone, mistakes included."
 )
 
 # %% [markdown]
@@ -170,7 +171,7 @@ def second_version():
     """... with soft, balanced labels, two views and the contrastive loss."""
     torch.manual_seed(0)
     student = tclip.Student(config.arch, C, config.size)
-    optimizer = torch.optim.SGD(student.parameters(), lr=config.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(student.parameters(), lr=LR, momentum=0.9)
     targets = tclip.balance(probs)  # (N, C)
     for _ in range(EPOCHS):
         student.train()
@@ -206,9 +207,9 @@ def third_version():
     """... with labels that follow the student."""
     torch.manual_seed(0)
     student = tclip.Student(config.arch, C, config.size)
-    optimizer = torch.optim.SGD(student.parameters(), lr=config.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(student.parameters(), lr=LR, momentum=0.9)
     labels = tclip.EnsembleLabels(probs, config.label_momentum, config.label_neighbours, config.label_sharpness)
-    for epoch in range(EPOCHS):
+    for _ in range(EPOCHS):
         student.train()
         for index in torch.randperm(N).split(config.batch_size):
             views = torch.cat([tclip.augment(pixels[index], **tclip.VIEWS[config.views]) for _ in range(2)])
@@ -222,7 +223,7 @@ def third_version():
             loss.backward()
             optimizer.step()
             labels.record(index.repeat(2), logits.softmax(1), z)
-        labels.end_epoch(update=epoch >= config.label_warmup)
+        labels.end_epoch()
         report("3 + ensemble labels", student)
     return student
 
@@ -244,15 +245,13 @@ takeaway(f"with labels that follow: {curves['3 + ensemble labels'][-1]:.1%}.")
 #   had never stopped.
 # * **Speed.** bfloat16 where the hardware has it, and `channels_last`, the memory layout that convolutions like best.
 #
-# The learning rate over the run, and where the labels begin to move:
+# The learning rate over the run:
 
 # %%
 progress = torch.linspace(0, 1, 400)
 figure, ax = plt.subplots(figsize=(6, 2.4))
 ax.plot(progress * EPOCHS, [tclip.learning_rate(config, p) for p in progress.tolist()], color=BLUE)
-ax.axvline(config.label_warmup, color=ORANGE, ls="--", label="labels begin to move")
 ax.set(xlabel="epoch", ylabel="learning rate")
-ax.legend()
 plt.show()
 
 
@@ -285,7 +284,7 @@ def last_version():
             loss.backward()
             optimizer.step()
             labels.record(index.repeat(2), logits.float().softmax(1), z)
-        labels.end_epoch(update=epoch >= config.label_warmup)
+        labels.end_epoch()
         report("4 + schedule: as train()", student)
     return student, labels
 
@@ -479,21 +478,20 @@ takeaway(
 # %% [markdown]
 # ## What else is in tclip.py?
 #
-# You have now met the method and its loop. The rest of the file carries data to it and results from it. In the order of
-# the file:
+# You have now met the method and its loop, the first part of the file. The rest carries data to it and results from it:
 #
 # * [`Config`](../tclip.py): every setting is one field, with its help and its limits; [`parse`](../tclip.py) makes the
 #   command line from the fields, so that the two cannot differ.
+# * [`predict`](../tclip.py), [`score`](../tclip.py), [`evaluate`](../tclip.py): what the student says, and how right it
+#   is.
 # * [`DATASETS`](../tclip.py), [`open_dataset`](../tclip.py) and [`Folder`](../tclip.py): where (image, label) pairs
-#   come from. Labels travel along, for evaluation, and go no further than [`score`](../tclip.py).
+#   come from. Labels travel along for evaluation alone.
 # * [`square`](../tclip.py), [`read_images`](../tclip.py) and [`PixelFile`](../tclip.py): each image is decoded once and
 #   kept as bytes at the student's size, in memory or, where there are too many, in a file. So no step of training waits
 #   for a decoder.
 # * [`load_clip`](../tclip.py), [`cached`](../tclip.py): teachers from several packages behind one small interface,
 #   [`Teacher`](../tclip.py); and a cache of their features.
 # * [`read_pseudo_labels`](../tclip.py) and [`match`](../tclip.py): the answers of any other teacher, from a file.
-# * [`predict`](../tclip.py), [`score`](../tclip.py), [`evaluate`](../tclip.py): what the student says, and how right it
-#   is.
 # * [`write_whole`](../tclip.py): each file is written as a draft and then put into place, as you saw of the checkpoint.
 # * [`complete`](../tclip.py), [`run`](../tclip.py), [`main`](../tclip.py): settings filled in from the data set; the
 #   whole run, which is what these notebooks did step by step; errors that you can mend, told in one line.
