@@ -273,6 +273,8 @@ for part, color in zip(chosen.split(counts), (BLUE, RED)):
 # can help is something that the teacher did not use: the many images themselves, and which of them are alike. Notebooks
 # [2](02_class_conditional_contrast.ipynb) and [3](03_ensemble_labels.ipynb) are about that.
 #
+# **Take-away: errors that follow from the image are learned along with everything else.**
+#
 # ## Does CLIP know when it is wrong?
 #
 # If it did, one could keep its confident names and drop the others. The *reliability diagram* sorts images by

@@ -280,6 +280,10 @@ def towards_b(share, choice):
 for choice in CHOICES:
     print(f"{title(choice):28} force on the image towards class B: {towards_b(0, choice):+.3f} with the right label, "
           f"{towards_b(1, choice):+.3f} with the wrong one")  # fmt: skip
+turned = [title(choice) for choice in CHOICES if towards_b(0, choice) < 0 < towards_b(1, choice)]
+takeaway(
+    f"the wrong label turns the force round, from away from the wrong class to towards it, with {', '.join(turned)}."
+)
 
 # %% [markdown]
 # ## Why does a wrong label hurt, and where does it hurt less?
@@ -419,6 +423,8 @@ takeaway(
 # * `logaddexp(denominator, s + (1 - v).log())`: raises $v_{ij}$ to one in the term of $j$ itself.
 # * `autocast(enabled=False)` and `.float()`: exponentials need the digits that bfloat16 lacks.
 # * `w` always holds the other view. So no row is ever without a positive, and no division by zero can happen.
+#
+# **Take-away: two tables of weights, one masked softmax, and a few lines against infinities.**
 #
 # ## Exercises
 #

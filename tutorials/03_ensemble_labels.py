@@ -153,6 +153,8 @@ takeaway(
 # is the table that it started as, and $q$ is what the student says. It said so during the epoch, about the augmented
 # views that it was trained on, and each time it was recorded (`record`): no image has to be looked at again.
 #
+# **Take-away: there is a time at which the student knows better than its labels. Move them then.**
+#
 # ## How fast should labels follow, and how far?
 #
 # Two numbers decide. $m$, the *momentum*, is the memory: after $n$ updates the share $m^n$ of the old table is left.
@@ -172,7 +174,7 @@ for name, color, line in zip(runs, (BLACK, BLUE, ORANGE), (":", "-", "--")):
     b.plot([100 * rightness(t, slice(None)) for t in tables[name]], color=color, ls=line, label=name)
 a.set(xlabel="epoch", ylabel="trust in the student", ylim=(0, 1.02))
 b.set(xlabel="epoch", ylabel="labels that are right, in %")
-b.legend()
+figure.legend(*b.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plt.show()
 ends = {name: rightness(tables[name][-1], slice(None)) for name in runs}
 begin = rightness(tables["ensemble labels"][0], slice(None))

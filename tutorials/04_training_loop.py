@@ -496,6 +496,8 @@ takeaway(
 # * [`complete`](../tclip.py), [`run`](../tclip.py), [`main`](../tclip.py): settings filled in from the data set; the
 #   whole run, which is what these notebooks did step by step; errors that you can mend, told in one line.
 #
+# **Take-away: the method is the smaller part of the file; the larger makes it start, stop and tell you what is wrong.**
+#
 # ## Exercises
 #
 # **1.** In `third_version`, comment out the line with `labels.record`. Does it fail, and what does it train now?
