@@ -1,0 +1,55 @@
+"""Small helpers that the tutorials share: colours that colour-blind readers can tell apart, and a few pictures."""
+
+import matplotlib.pyplot as plt
+from IPython import get_ipython
+from IPython.display import display
+
+# Okabe and Ito's palette, without its yellow, which is hard to see on white.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 80,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "legend.frameon": False,
+    }
+)
+
+
+def takeaway(text):
+    """Show one bold line, in a notebook as Markdown and elsewhere as plain text. The figures in it come from code."""
+    if get_ipython():
+        display({"text/markdown": f"**Take-away: {text}**", "text/plain": f"Take-away: {text}"}, raw=True)
+    else:
+        print(f"Take-away: {text}")
+
+
+def show_images(pixels, titles=None, columns=10, colors=None, side=0.85):
+    """A grid of images, uint8 or float (N, 3, H, W), each with its title. Returns the figure."""
+    rows = -(-len(pixels) // columns)
+    height = side * (1.35 if titles else 1.05)
+    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, height * rows), squeeze=False)
+    for i, ax in enumerate(axes.flat):
+        ax.axis("off")
+        if i < len(pixels):
+            ax.imshow(pixels[i].permute(1, 2, 0).numpy())
+            if titles:
+                ax.set_title(titles[i], fontsize=8, color=colors[i] if colors else BLACK)
+    return figure
+
+
+def show_shares(ax, confusion, classes, title, truth="what the image is"):
+    """A confusion matrix (C, C) as shares of each row, in %."""
+    shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp_min(1)
+    picture = ax.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=100)
+    ax.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set(xlabel="what it is called", ylabel=truth, title=title)
+    for t, row in enumerate(shares.round().int().tolist()):
+        for p, share in enumerate(row):
+            if share:
+                ax.text(p, t, share, ha="center", va="center", fontsize=7, color="white" if share < 60 else "black")
+    return picture
