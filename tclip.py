@@ -1193,7 +1193,8 @@ def match(names, files, probs):
         tell(f"{len(missing)} of {len(names)} images have no pseudo-label, such as {missing[0]}: they start undecided")
     if len(files) > len(names) - len(missing):
         unknown = len(files) - len(names) + len(missing)
-        tell(f"{unknown} pseudo-labels are of files that are not there, such as {next(iter(row.keys() - set(names)))}")
+        known = set(names)
+        tell(f"{unknown} pseudo-labels are of other files, such as {next(file for file in files if file not in known)}")
     even = probs.new_full((1, probs.shape[1]), 1 / probs.shape[1])
     return torch.cat([probs, even])[[row.get(name, len(files)) for name in names]]
 
