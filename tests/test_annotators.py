@@ -259,7 +259,7 @@ def test_missing_and_unknown_names(capfd):
     assert torch.equal(rows, torch.tensor([[0.5, 0.5], [0.3, 0.7], [0.9, 0.1]]))
     error = capfd.readouterr().err
     assert "1 of 3 images have no pseudo-label, such as x" in error
-    assert "1 pseudo-labels are of files that are not there, such as b" in error
+    assert "1 pseudo-labels are of other files, such as b" in error
     assert torch.equal(match(["b", "a", "c"], ["a", "b", "c"], probs), probs[[1, 0, 2]])
     assert capfd.readouterr().err == ""
     with pytest.raises(UserError, match="photos/a.*a"):

@@ -468,7 +468,7 @@ def test_usual_size(sides, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files, word", [({}, "no file"), ({"a.txt": "text"}, "no readable image"), (None, "not exist")]
+    "files, word", [({}, "no file"), ({"a.txt": "text"}, "none of 1 files is a readable image"), (None, "not exist")]
 )
 def test_nothing_to_read(files, word, tmp_path, capfd):
     """No folder, an empty one, and one without images: one line."""
@@ -495,3 +495,10 @@ def test_folder_is_left_as_it_was(planted):
     before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in planted.iterdir()}
     read_images(Folder(planted), SIZE, strict=False)
     assert before == {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in planted.iterdir()}
+
+
+def test_eps_is_not_run(tmp_path):
+    """EPS is a program in PostScript: it is left alone, though Pillow would have Ghostscript run it."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "program.eps")
+    with pytest.raises(OSError, match="not run"):
+        Folder(tmp_path)[0]

@@ -1,5 +1,6 @@
 """Tutorials: each script and its notebook are one, the notebooks were run as they lie there, and the scripts run."""
 
+import base64
 import json
 import os
 import re
@@ -106,3 +107,12 @@ def test_script_runs(name, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_picture_in_the_readme(name):
+    """The picture of a notebook that the README shows is one that the notebook drew, as it is now."""
+    shown = base64.b64encode((TUTORIALS / "pictures" / f"{name[:2]}.png").read_bytes()).decode()
+    outputs = [output.get("data", {}) for cell in code_cells(name) for output in cell["outputs"]]
+    assert shown in [data["image/png"].replace("\n", "") for data in outputs if "image/png" in data]
+    assert f"tutorials/pictures/{name[:2]}.png" in (ROOT / "README.md").read_text(encoding="utf-8")
