@@ -79,14 +79,14 @@ class Config:
     templates: str = setting(None, 'prompt with {} for the class name, as "a photo of a {}.", or a file, one a line')
     truth: str = setting(None, "csv file (file,label), or the word folders; for evaluation alone")
     strict: bool = setting(False, "stop at the first file that is no readable image")
-    memory: float = setting(8.0, "gigabytes of pixels kept in memory; more lie in a file on disk", low=0.0)
-    clip: str = setting(None, "teacher: ViT-B/32 and the like (OpenAI), arch:tag (open_clip), or a state_dict file")
+    memory: float = setting(8.0, "gigabytes of pixels that a set of images may take; more lie on disk", low=0.0)
+    clip: str = setting(None, "teacher: ViT-B/32 and the like, arch:tag of open_clip, a state_dict file, or offline")
     pseudo_labels: str = setting(
         None,
         "another teacher's answers, in place of --clip: .npz (files, classes, probs) or .csv (file,label[,confidence])",
     )
     cache: str = setting("~/.cache/tclip", "folder that keeps CLIP's image features: CLIP sees an image once")
-    no_cache: bool = setting(False, "keep none")
+    no_cache: bool = setting(False, "do not keep CLIP's image features")
     size: int = setting(None, "side of the student's images, in pixels", low=8, high=1024)
     arch: str = setting(None, "student: resnet8, or any resnet of torchvision")
     views: str = setting(None, "augmentation", choices=("photo", "overhead", "street", "writing"))
@@ -99,9 +99,11 @@ class Config:
     positives: str = setting("instance", "what the contrastive loss pulls together", choices=("instance", "class"))
     negatives: str = setting("other", "what it pushes apart", choices=("all", "other", "same"))
     label_momentum: float = setting(0.5, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
-    class_prior: str = setting(None, "uniform: classes are about equally frequent; none: not", ("uniform", "none"))
+    class_prior: str = setting(None, "uniform where the classes are about equally frequent", ("uniform", "none"))
     label_neighbours: int = setting(20, "images whose predictions make an ensemble label; 0: only its own", low=0)
-    label_sharpness: float = setting(2.0, "power of the predictions before they are mixed in; 1: as they are", low=0.1)
+    label_sharpness: float = setting(
+        2.0, "power of the predictions before they are mixed in; 1: as they are", low=0.1, high=10
+    )
     seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
@@ -235,8 +237,9 @@ class EnsembleLabels:
     T0 are the teacher's predictions, balanced over the classes. q is the student's mean prediction over the views that
     it saw of an image in that epoch (no extra forward pass), averaged over the image's nearest neighbours in the
     student's embedding, sharpened, and balanced. w, the trust, is how much of one mind the neighbours are: the chance,
-    averaged over all images, that two of them asked at random name the same class. At first, and for ever where a
-    student cannot make sense of the images, w is small and the labels stay the teacher's.
+    averaged over all images, that two of them asked at random name the same class, corrected for what any two images
+    would agree on, as Cohen's kappa is: 0 for neighbours no better than strangers, 1 if they never differ. At first,
+    and for ever where a student cannot make sense of the images, w is small and the labels stay the teacher's.
 
     The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). The rest is
     our addition: a wrong label has right neighbours; a whole group that is named wrongly shows in the size of its
@@ -275,7 +278,8 @@ class EnsembleLabels:
             if self.neighbours:
                 q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
             # One trust for all, not image by image: what is named wrongly lies in mixed neighbourhoods.
-            self.trust = q.square().sum(1).mean().item()
+            agree, chance = q.square().sum(1).mean(), q.mean(0).square().sum()
+            self.trust = ((agree - chance) / (1 - chance).clamp_min(1e-6)).clamp(0, 1).item()
             q = q**self.sharpness
             q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
             q = torch.lerp(self.start[seen], q, self.trust)
@@ -460,7 +464,9 @@ def train(config, images, probs, out=None, on_epoch=None):
                 raise ValueError("its settings or its images are others")
             student.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
-            labels.table, history = state["labels"].to(device), state["history"]
+            labels.start, labels.table = state["first_labels"].to(device), state["labels"].to(device)
+            history = state["history"]
+            labels.trust = history[-1]["trust"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{checkpoint} is of another run: {first_line(error)}") from error
 
@@ -488,16 +494,17 @@ def train(config, images, probs, out=None, on_epoch=None):
             on_epoch(row, student, labels)
         history.append(row)
         if out:
-            state = dict(student=student.state_dict(), optimizer=optimizer.state_dict(), labels=labels.table)
+            state = dict(student=student.state_dict(), optimizer=optimizer.state_dict())
+            state.update(first_labels=labels.start, labels=labels.table)
             state.update(history=history, settings=settings)
             save_tensors(checkpoint, state)
             write_csv(out / "metrics.csv", history)
     bar.close()
-    return student, labels
+    return student.eval(), labels
 
 
 def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
-    """One pass over the images. Returns the means of cross-entropy and C3L. Nothing in a step waits for the device."""
+    """One pass over the images. Returns the means of cross-entropy and C3L. No step waits for the device."""
     model.train()
     device = labels.table.device
     losses = torch.zeros(2, device=device)
@@ -524,6 +531,7 @@ def place(pixels, device):
     """The pixels where batches are gathered best: on the device if they take at most half of what is free there."""
     if isinstance(pixels, PixelFile):
         return pixels
+    torch.cuda.empty_cache()  # what CLIP left
     fits = device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return pixels.to(device) if fits else pixels
 
@@ -709,6 +717,7 @@ DATASETS = {
         files=("caltech101/101_ObjectCategories",), size=128, class_prior="none",
     ),
 }  # fmt: skip
+FROM_RECIPE = ("clip", "size", "arch", "views", "class_prior")  # settings that are the recipe's where they are None
 OWN_IMAGES = Recipe(None, (), (), with_the("a photo of a {}."), size=None, class_prior="none")
 
 
@@ -759,6 +768,7 @@ class Folder(torch.utils.data.Dataset):
         if not root.exists():
             raise UserError(f"{root} does not exist")
         if root.is_file():
+            root = root.resolve()
             root, self.paths = root.parent, [root]
         else:
             every = root.rglob("*")  # a folder counts as a file where its files are out of reach
@@ -996,7 +1006,7 @@ def load_clip(name="offline", device="cpu"):
 
     @torch.inference_mode()
     def encode_images(pixels):
-        x = TF.normalize(pixels.to(device, non_blocking=True).float() / 255, mean, std)
+        x = TF.normalize(pixels.to(device).float() / 255, mean, std)
         return F.normalize(model.encode_image(x.to(dtype)).float(), dim=1)
 
     @torch.inference_mode()
@@ -1006,7 +1016,7 @@ def load_clip(name="offline", device="cpu"):
             raise UserError(f"the offline CLIP knows digits only, not the words {texts[0]!r}: try --clip ViT-B/32")
         return F.normalize(model.encode_text(tokens).float(), dim=1)
 
-    digest = hashlib.blake2b(repr((device.type, mean, std)).encode())
+    digest = hashlib.blake2b(repr((name, device.type, mean, std, visual)).encode())
     for tensor in visual.state_dict().values():
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return Teacher(partial(square, size=size, by=by, fit=fit), encode_images, encode_texts, digest.digest())
@@ -1019,6 +1029,8 @@ def cached(teacher, folder):
     model is never answered from an old entry. Class names and templates, encoded anew each time, need no key. What was
     encoded is kept batch by batch, so an interrupted pass goes on where it was. UserError: the cache cannot be used.
     """
+    if not teacher.digest:
+        raise ValueError("a Teacher without a digest cannot be told from another one")
     file = Path(folder).expanduser() / "features.sqlite"
 
     @contextmanager
@@ -1233,7 +1245,7 @@ def write_whole(path, write):
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+    except Exception as error:  # torch and safetensors have their own kinds for a full disk
         draft.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {first_line(error)}") from error
 
@@ -1333,6 +1345,7 @@ def parse(argv):
     parser = Parser("tclip", description=usage[0] + "\n\n" + usage[2], formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(Config):
         default = "" if f.default is None or f.type is bool else f" [{f.default}]"
+        default = " [the data set's]" if f.name in FROM_RECIPE else default
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
         choices = f.metadata["choices"]
         text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + default
@@ -1342,6 +1355,9 @@ def parse(argv):
     parser.add_argument("--model", metavar="FILE", help="model.pt of a run, for --predict and --export")
     parser.add_argument("--export", choices=("onnx",), help="write --model as model.onnx and model.safetensors, too")
     arguments = vars(parser.parse_args(argv))
+    for name, value in arguments.items():
+        if value == "":  # of a shell variable that is not set
+            raise UserError(f"--{name.replace('_', '-')} is empty")
     action = {name: arguments.pop(name) for name in ("resume", "predict", "model", "export")}
     if bool(action["model"]) != bool(action["predict"] or action["export"]):
         raise UserError("--model FILE goes with --predict PATH or --export onnx, and they with it")
@@ -1362,17 +1378,24 @@ def complete(config):
     if config.dataset not in DATASETS:
         raise UserError(f"unknown data set {config.dataset!r}; there is: {nearest(config.dataset, DATASETS)}")
     recipe = OWN_IMAGES if config.images else DATASETS[config.dataset]
-    filled = {name: getattr(recipe, name) for name in ("clip", "size", "arch", "views", "class_prior")}
+    filled = {name: getattr(recipe, name) for name in FROM_RECIPE}
     config = replace(config, **{name: value for name, value in filled.items() if getattr(config, name) is None})
     if config.size is None:
         config = replace(config, size=Folder(config.images).usual_size())
     if config.out is None:
         name = Path(config.images).resolve().name if config.images else config.dataset
-        return replace(config, out=str(free_folder(name)))
-    there = [Path(config.out)] if Path(config.out).is_file() else Path(config.out).glob("*")
-    if any(path.suffix != ".part" for path in there):  # but a draft may lie there, of a run that broke off at once
-        raise UserError(f"{config.out} is not empty: choose another --out, or go on with --resume {config.out}")
+        config = replace(config, out=str(free_folder(name)))
+    if config.images and Path(config.out).resolve().is_relative_to(Path(config.images).resolve()):
+        raise UserError(f"the results in {config.out} would lie among the images: choose another --out")
+    check_empty(config.out)
     return config
+
+
+def check_empty(out):
+    """UserError if the folder `out` has something in it: results of another run would be lost."""
+    there = [Path(out)] if Path(out).is_file() else Path(out).glob("*")
+    if any(path.suffix != ".part" for path in there):  # a draft may lie there, of a run that broke off at once
+        raise UserError(f"{out} is not empty: choose another --out, or go on with --resume {out}")
 
 
 def free_folder(name):
@@ -1548,6 +1571,8 @@ def predict_folder(config, path, model):
     student, classes = load_student(model)
     student.to(pick_device(config.device))
     source = Folder(path)
+    if config.out:
+        check_empty(config.out)
     out = make_folder(config.out or free_folder(f"predict-{Path(path).resolve().stem}"))
     pixels, names, _, _, skipped = read_images(
         source, student.size, strict=config.strict, memory=config.memory, folder=out, title=str(path)
@@ -1581,8 +1606,8 @@ def main(argv=None):
             return 0
         config = config if action["resume"] else complete(config)
         summary = run(config, bool(action["resume"]))
-    except UserError as error:
-        print(f"tclip: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # OSError: the disk is full, a file is out of reach, a name too long
+        print(f"tclip: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         begun = config and config.out and Path(config.out, "config.json").exists()

@@ -354,8 +354,10 @@ def surest_changes(run):
         return section("Surest changes", "No label changed: every image ends with the name its teacher gave.")
     shown, kinds = [], Counter()
     for i in changed[confidence[changed].argsort(descending=True, stable=True)].tolist():
+        if len(shown) == SHOWN:
+            break
         kind = run.teacher[i].item(), run.label[i].item()
-        if kinds[kind] < SAME_KIND and len(shown) < SHOWN:
+        if kinds[kind] < SAME_KIND:
             shown.append(i)
             kinds[kind] += 1
     lead = (

@@ -203,7 +203,7 @@ def test_no_half_written_file(tmp_path):
         yield dict(a=3, b="new")
         raise ValueError("in the midst of it")
 
-    with pytest.raises(ValueError, match="midst"):
+    with pytest.raises(tclip.UserError, match="midst"):
         tclip.write_csv(tmp_path / "rows.csv", rows())
     assert rows_of(tmp_path / "rows.csv") == [dict(a="1", b="x,y"), dict(a="2", b="ü")]
 

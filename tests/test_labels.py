@@ -122,7 +122,9 @@ def test_epochs(momentum, balanced, neighbours, sharpness):
             unit = np.stack([np.sum(places[i], axis=0) for i in those])
             unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
             q = np.stack([q[chosen].mean(0) for chosen in neighbours_of(unit, range(len(those)), neighbours)])
-        trust = np.mean([sum(p * p for p in row) for row in q])
+        agree = np.mean([sum(p * p for p in row) for row in q])  # two neighbours, asked at random, name one class
+        chance = np.mean([np.dot(row, other) for row in q for other in q])  # two neighbours of any two images do
+        trust = max(0, (agree - chance) / (1 - chance))
         assert momentum == 1 or abs(labels.trust - trust) < 1e-5
         q = (1 - trust) * start[those] + trust * read(q**sharpness)
         table[those] = momentum * table[those] + (1 - momentum) * q
@@ -144,21 +146,23 @@ def test_recorded_once():
 
 
 def test_trust():
-    """Neighbours of one mind are followed; where each says something else, or nothing, the teacher's word stays."""
-    probs, places = predictions(12, 3), embeddings(12)
-    one_mind, undecided = torch.eye(3)[torch.zeros(12, dtype=torch.long)], torch.full((12, 3), 1 / 3)
-    at_odds = torch.eye(3)[torch.arange(12) % 3]
-    for said, trust in ((one_mind, 1), (undecided, 1 / 3), (at_odds, 1 / 3)):
-        labels = EnsembleLabels(probs, momentum=0.0, neighbours=12, balanced=False)
-        labels.record(torch.arange(12), said, places)
+    """Groups that are each of one mind are followed. Where all say the same, or nothing, or each something else, there
+    is nothing to learn from neighbours, and the teacher's word stays."""
+    group = torch.arange(9) % 3
+    probs, places = predictions(9, 3), torch.eye(3)[group]  # three groups of three, far apart
+    of_one_mind, undecided, mixed = torch.eye(3)[group], torch.full((9, 3), 1 / 3), torch.eye(3)[torch.arange(9) // 3]
+    monotonous = torch.tensor([0.8, 0.1, 0.1]).expand(9, 3)
+    for said, trust in ((of_one_mind, 1), (undecided, 0), (monotonous, 0), (mixed, 0)):
+        labels = EnsembleLabels(probs, momentum=0.0, neighbours=3, sharpness=1.0, balanced=False)
+        labels.record(torch.arange(9), said, places)
         labels.end_epoch()
         assert abs(labels.trust - trust) < 1e-6
-        torch.testing.assert_close(labels.table, (1 - trust) * probs + trust * said.mean(0))
+        torch.testing.assert_close(labels.table, said if trust else probs)
 
 
 def test_unseen_images_keep_their_labels():
     """An image that was not seen in an epoch stays as it was, and the others move."""
-    labels = EnsembleLabels(predictions(10, 3), momentum=0.5)
+    labels = EnsembleLabels(predictions(10, 3), momentum=0.5, neighbours=1)
     begin = labels.table.clone()
     labels.record(torch.arange(4), predictions(4, 3, seed=1), embeddings(4))
     labels.end_epoch()
@@ -170,7 +174,8 @@ def test_momentum_limits():
     """m = 1 keeps the teacher's labels for ever; m = 0 takes the mean of the views seen last, as far as trusted."""
     probs, first, second = (predictions(8, 3, seed) for seed in range(3))
     said = (first + second) / 2
-    trust = said.square().sum(1).mean()
+    chance = said.mean(0).square().sum()
+    trust = (said.square().sum(1).mean() - chance) / (1 - chance)
     for momentum, expected in ((1.0, probs), (0.0, (1 - trust) * probs + trust * said)):
         labels = EnsembleLabels(probs, momentum=momentum, neighbours=0, sharpness=1.0, balanced=False)
         for views in (first, second):

@@ -52,7 +52,7 @@ def test_imports_are_declared(pyproject):
     """Every package that tclip.py imports is a requirement, comes with one, or with Python."""
     names = set(re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / "tclip.py").read_text(), re.M))
     asked = {re.split("[=<>]", entry)[0] for entry in pyproject["project"]["dependencies"]}
-    known = dict(open_clip="open_clip_torch", sklearn="scikit-learn", PIL="torchvision", numpy="torchvision")
+    known = dict(open_clip="open_clip_torch", sklearn="scikit-learn", PIL="pillow", numpy="torchvision")
     optional = {"clip", "onnxscript", "safetensors", "tclip_report"}  # done without, or asked for with [export]
     foreign = {known.get(name, name) for name in names - optional if name not in sys.stdlib_module_names}
     assert foreign <= asked, foreign - asked
