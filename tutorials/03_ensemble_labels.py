@@ -160,9 +160,9 @@ takeaway(
 # Two numbers decide. $m$, the *momentum*, is the memory: after $n$ updates the share $m^n$ of the old table is left.
 # $w$, the *trust*, is how much the student's word counts against the teacher's. In the first epochs the student has
 # learned too little to be listened to. One can simply wait for some epochs, a *warm-up*, but how many? tclip measures
-# instead: the trust is the chance that two of an image's neighbours, asked at random, name the same class. Where they
-# are all of one mind it is one; where the student guesses it is small, and the labels stay near the teacher's. No truth
-# is needed for it.
+# instead: how often do two of an image's neighbours, asked at random, name the same class, and how much more often is
+# that than with two strangers? (Cohen's kappa asks the same of two raters.) Where neighbours are all of one mind the
+# trust is one; where the student guesses it is near zero, and the labels stay the teacher's. No truth is needed for it.
 #
 # Left, the trust; right, how right the labels are. The third run has a higher momentum than the second.
 
@@ -318,7 +318,8 @@ own = said["frozen labels"][-1]
 around = tclip.neighbour_mean(embeddings["frozen labels"], own, max(k, 1))
 sharp = around**settings_used.label_sharpness
 sharp = sharp / sharp.sum(1, keepdim=True)
-w = around.square().sum(1).mean()  # the trust
+agree, chance = around.square().sum(1).mean(), around.mean(0).square().sum()
+w = (agree - chance) / (1 - chance)  # the trust
 balanced = tclip.balance(sharp)
 steps = {
     "first labels": tables["frozen labels"][0],
