@@ -500,7 +500,7 @@ sys.path.insert(0, {tests!r})
 from test_annotators import cached, counting, some_views
 through = cached(counting()[0], ".")
 print("ready", flush=True)
-for batch in some_views(240).flip(0).split(4):
+for batch in some_views(240).flip(0).split(24):
     through.encode_images(batch)
 """
 
@@ -511,7 +511,7 @@ def test_two_processes_share_a_cache(nursery, tmp_path):
     through = cached(teacher, tmp_path)
     other = nursery.start(SECOND.format(tests=str(Path(__file__).parent)), tmp_path)
     other.wait_until(lambda: "ready" in other.output)
-    mine = torch.cat([through.encode_images(batch) for batch in some_views(240).split(4)])
+    mine = torch.cat([through.encode_images(batch) for batch in some_views(240).split(24)])
     assert other.wait() == 0, other.output
     assert torch.equal(mine, teacher.encode_images(some_views(240)))
     asked.clear()
@@ -606,3 +606,9 @@ def test_offline_clip_is_cached(photos, tmp_path):
         classes = ("--classes", "zero,one,two")
         runs.append(named_by_clip(photos, tmp_path / str(i), tmp_path / "cache", *classes, *more))
     assert runs[0] == runs[1] == runs[2]
+
+
+def test_cache_needs_a_digest(tmp_path):
+    """A teacher that cannot be told from another is not cached: it would get the other's features."""
+    with pytest.raises(ValueError, match="digest"):
+        tclip.cached(tclip.Teacher(None, None, None), tmp_path)

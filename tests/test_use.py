@@ -246,3 +246,38 @@ def test_one_file_alone(nursery, tmp_path):
     assert {file.name for file in alone.iterdir()} - {"__pycache__"} == {"tclip.py", "run", "named"}
     expected = {"config.json", "checkpoint.pt", "metrics.csv", "labels.csv", "model.pt", "summary.json"}
     assert {file.name for file in (alone / "run").iterdir()} == expected
+
+
+def test_results_are_not_overwritten(trained, capfd):
+    """--predict does not write over what lies in the folder that it is given."""
+    before = {file.name: file.read_bytes() for file in trained[0].iterdir()}
+    assert call("--predict", trained[1], "--model", trained[0] / "model.pt", "--out", trained[0]) == 2
+    assert "is not empty" in capfd.readouterr().err
+    assert before == {file.name: file.read_bytes() for file in trained[0].iterdir()}
+
+
+def test_named_link_is_followed(trained, model, tmp_path):
+    """A link to an image is followed where it is what was named, wherever it leads."""
+    (tmp_path / "link.png").symlink_to(trained[1] / "00.png")
+    assert call("--predict", tmp_path / "link.png", "--model", model, "--out", tmp_path / "named") == 0
+    assert [row["file"] for row in rows_of(tmp_path / "named/predictions.csv")] == ["00.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (("--images", ""), "--images is empty"),
+        (("--resume", ""), "--resume is empty"),
+        (("--images", "x" * 300, "--classes", "a,b"), "too long"),
+        (("--predict", "x" * 300, "--model", "model/model.pt"), "too long"),
+        (("--predict", ".", "--model", "none.pt"), "no such file"),
+        (("--images", ".", "--classes", "a,b"), "among the images"),
+    ],
+)
+def test_mistakes(arguments, word, model, tmp_path, monkeypatch, capfd):
+    """Unset shell variables, impossible names, results amid the images: one line, no traceback."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (9, 9)).save("photo.png")
+    assert call(*arguments) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("tclip: ") and error.count("\n") == 1 and word in error
