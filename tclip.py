@@ -4,7 +4,7 @@ CLIP names every image once: noisy pseudo-labels, wrong for some classes nearly 
 *from scratch* on them with a class-conditional contrastive loss and ensemble labels, to become better than its teacher
 and to need no CLIP any more.
 
-    python tclip.py                                # handwritten digits: offline, about a minute on two CPU cores
+    python tclip.py                                # handwritten digits: offline, a minute or less on a CPU
     python tclip.py --dataset cifar10              # CIFAR-10 named by OpenAI's CLIP ViT-B/32, for a GPU
     python tclip.py --images photos --classes "cat,dog,neither"        # a folder of your own
     python tclip.py --resume runs/photos           # go on where a run was interrupted
