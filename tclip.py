@@ -1377,8 +1377,7 @@ def complete(config):
     """The config with every None filled in: from the data set's entry in the table, and the folder of the results."""
     if config.dataset not in DATASETS:
         raise UserError(f"unknown data set {config.dataset!r}; there is: {nearest(config.dataset, DATASETS)}")
-    recipe = OWN_IMAGES if config.images else DATASETS[config.dataset]
-    filled = {name: getattr(recipe, name) for name in FROM_RECIPE}
+    filled = {name: getattr(recipe_of(config), name) for name in FROM_RECIPE}
     config = replace(config, **{name: value for name, value in filled.items() if getattr(config, name) is None})
     if config.size is None:
         config = replace(config, size=Folder(config.images).usual_size())
@@ -1389,6 +1388,11 @@ def complete(config):
         raise UserError(f"the results in {config.out} would lie among the images: choose another --out")
     check_empty(config.out)
     return config
+
+
+def recipe_of(config):
+    """What to know of the images that config names."""
+    return OWN_IMAGES if config.images else DATASETS[config.dataset]
 
 
 def check_empty(out):
@@ -1424,7 +1428,8 @@ def read_truth(truth, names, classes):
     """Class numbers of files by name, for evaluation: a csv file's, or (truth = "folders") those of their folders."""
     if truth == "folders":
         labels = {name: name.split("/")[-2] for name in names if "/" in name}
-        labels = {name: label for name, label in labels.items() if plain(label) in map(plain, classes)}
+        known = {plain(name) for name in classes}
+        labels = {name: label for name, label in labels.items() if plain(label) in known}
     else:
         labels = {name: label for name, (label, _) in read_labels(truth).items()}
     there = len(labels.keys() & set(names))
@@ -1457,7 +1462,7 @@ def clip_annotator(config, classes, device):
     teacher = load_clip(config.clip, device)
     if not config.no_cache:
         teacher = cached(teacher, config.cache)
-    templates = listed(config.templates) or (OWN_IMAGES if config.images else DATASETS[config.dataset]).templates
+    templates = listed(config.templates) or recipe_of(config).templates
     if not all("{}" in template for template in templates):
         raise UserError('--templates: each needs {} for the class name, as "a photo of a {}."')
     prompts = text_classifier(teacher, classes, templates).cpu()  # names that it lacks are told here
@@ -1483,9 +1488,7 @@ def run(config, resume=False):
         return read_images(source, config.size, prepare, annotate, strict, config.memory, out, title)
 
     pixels, names, truth, probs, skipped = read(unlabeled, "unlabeled images")
-    if skipped:
-        write_csv(out / "skipped.csv", skipped)
-        tell(f"{len(skipped)} of {len(unlabeled)} files are no readable images: see {out / 'skipped.csv'}")
+    report_skipped(out, skipped, len(unlabeled))
     if heldout:
         heldout_pixels, _, heldout_truth, heldout_probs, _ = read(heldout, "held-out images")
     prepare = annotate = None  # CLIP's memory
@@ -1555,6 +1558,13 @@ def write_results(config, images, probs, table, student, student_probs, summary,
         write_whole(out / "noise.png", picture)
 
 
+def report_skipped(out, skipped, total):
+    """skipped.csv in the folder `out`, and a remark, where any of `total` files could not be read."""
+    if skipped:
+        write_csv(out / "skipped.csv", skipped)
+        tell(f"{len(skipped)} of {total} files are no readable images: see {out / 'skipped.csv'}")
+
+
 def make_folder(path):
     """The folder for results, made where it is missing, as a Path. UserError: it cannot be written to."""
     out = Path(path)
@@ -1577,9 +1587,7 @@ def predict_folder(config, path, model):
     pixels, names, _, _, skipped = read_images(
         source, student.size, strict=config.strict, memory=config.memory, folder=out, title=str(path)
     )
-    if skipped:
-        write_csv(out / "skipped.csv", skipped)
-        tell(f"{len(skipped)} of {len(source)} files are no readable images: see {out / 'skipped.csv'}")
+    report_skipped(out, skipped, len(source))
     best = predict(student, pixels).topk(min(3, len(classes)))
 
     def rows():
