@@ -46,10 +46,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 
@@ -359,8 +357,14 @@ def apply_views(pixels, draw, padding="reflection"):
         return torch.lerp(other, x, d[factor].view(-1, 1, 1, 1)).clamp(0, 1)
 
     x = blend(torch.zeros_like(x), "brightness")
-    x = blend(TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), "contrast")
-    return blend(TF.rgb_to_grayscale(x), "saturation")
+    x = blend(gray(x).mean((1, 2, 3), keepdim=True), "contrast")
+    return blend(gray(x), "saturation")
+
+
+def gray(x):
+    """Colour to gray, (B, 3, H, W) -> (B, 1, H, W), weighted as in torchvision, Pillow and ITU-R 601."""
+    red, green, blue = x.split(1, 1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 # ======================================================================================================================
@@ -382,6 +386,8 @@ class Student(nn.Module):
         if arch == "resnet8":
             self.backbone, width = resnet8(), 128
         else:
+            import torchvision  # takes seconds; `import tclip` alone does not
+
             known = [name for name in torchvision.models.list_models(torchvision.models) if name.startswith("resnet")]
             if arch not in known:
                 raise UserError(f"unknown arch {arch!r}; there is: {nearest(arch, ['resnet8', *known])}")
@@ -731,6 +737,8 @@ def open_dataset(dataset, root="data", split="train"):
         raise UserError(f"unknown data set {dataset!r}; there is: {nearest(dataset, DATASETS)}")
     if split not in ("train", "test"):
         raise UserError(f"unknown split {split!r}; there is: train, test")
+    import torchvision
+
     recipe = DATASETS[dataset]
     source = recipe.source if callable(recipe.source) else getattr(torchvision.datasets, recipe.source)
     try:
@@ -832,9 +840,16 @@ def square(image, size, by="bicubic", fit="shortest"):
     """
     image, short = image.convert("RGB"), min(image.size)
     if max(image.size) > 16 * short:  # a line, scaled until it is `size` high, would take gigabytes
-        image = TF.center_crop(image, [min(side, 16 * short) for side in reversed(image.size)])
-    image = TF.resize(image, (size, size) if fit == "squash" else size, TF.InterpolationMode(by))
-    return TF.pil_to_tensor(TF.center_crop(image, size))
+        image = centre(image, *(min(side, 16 * short) for side in image.size))
+    shape = [size if fit == "squash" else size * side // short for side in image.size]
+    image = centre(image.resize(shape, Image.Resampling[by.upper()]), size, size)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def centre(image, width, height):
+    """The middle of a PIL image, as torchvision's CenterCrop finds it."""
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 class Squares(torch.utils.data.Dataset):
@@ -1003,10 +1018,11 @@ def load_clip(name="offline", device="cpu"):
     mean = preset.get("mean", (0.48145466, 0.4578275, 0.40821073))
     std = preset.get("std", (0.26862954, 0.26130258, 0.27577711))
     by, fit = preset.get("interpolation", "bicubic"), preset.get("resize_mode", "shortest")
+    shift, scale = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
 
     @torch.inference_mode()
     def encode_images(pixels):
-        x = TF.normalize(pixels.to(device).float() / 255, mean, std)
+        x = (pixels.to(device).float() / 255 - shift) / scale
         return F.normalize(model.encode_image(x.to(dtype)).float(), dim=1)
 
     @torch.inference_mode()

@@ -326,16 +326,16 @@ def test_bomb_is_not_unpacked(odd, monkeypatch):
 def test_lines_stay_small(shape, monkeypatch):
     """A line of pixels, scaled until it is as high as the student's images, would take gigabytes: only its middle is
     scaled, which is all that is seen of it."""
-    rng, resize, areas = np.random.default_rng(0), TF.resize, []
+    rng, resize, areas = np.random.default_rng(0), Image.Image.resize, []
     image = Image.fromarray(rng.integers(0, 256, (*shape[::-1], 3), np.uint8))
-    expected = TF.pil_to_tensor(TF.center_crop(resize(image, 16, TF.InterpolationMode.BICUBIC), 16))
+    expected = TF.pil_to_tensor(TF.center_crop(TF.resize(image, 16, TF.InterpolationMode.BICUBIC), 16))
 
     def spy(*arguments):
         scaled = resize(*arguments)
         areas.append(scaled.size[0] * scaled.size[1])
         return scaled
 
-    monkeypatch.setattr(TF, "resize", spy)
+    monkeypatch.setattr(Image.Image, "resize", spy)
     assert torch.equal(square(image, 16), expected)
     assert max(areas) <= 16 * 16 * 17
 

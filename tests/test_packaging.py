@@ -70,7 +70,7 @@ def test_module_is_packed(pyproject):
 
 def test_light_import():
     """`import tclip` loads none of the slow packages that only some of it needs."""
-    heavy = {"sklearn", "matplotlib", "open_clip", "clip", "scipy", "timm"}
+    heavy = {"torchvision", "sklearn", "matplotlib", "open_clip", "clip", "scipy", "timm"}
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tclip; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "tclip" in done.stdout.split() and not heavy & set(done.stdout.split())
