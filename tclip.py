@@ -299,42 +299,49 @@ VIEWS = {  # keyword arguments of augment()
 }
 
 
-def augment(pixels, padding="reflection", **ranges):
-    """One random view of each image: float32 (B, 3, H, W) in [0, 1] from uint8 (B, 3, H, W), on the same device.
+def augment(pixels, padding="reflection", views=1, **ranges):
+    """Random views of each image, in [0, 1]: uint8 (B, 3, H, W) -> float32 (views * B, 3, H, W), on the same device.
 
-    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views().
+    First come the first views of all images, then the second. padding: what lies outside the image, "reflection" or
+    "zeros". ranges: see draw_views().
     """
-    return apply_views(pixels, draw_views(len(pixels), device=pixels.device, **ranges), padding)
+    draw = draw_views(len(pixels), views=views, device=pixels.device, **ranges)
+    return apply_views(pixels.repeat(views, 1, 1, 1), draw, padding)
 
 
-def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, jitter=0.0, gray=0.0, device="cpu"):
-    """Random parameters of n views, each a float32 tensor (n,).
+def draw_views(
+    n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, jitter=0.0, gray=0.0, views=1, device="cpu"
+):
+    """Random parameters of n images' views, each a float32 tensor (views * n,): all first views, then all second.
 
     width, height, left, top        a window in shares of the image's sides, as RandomResizedCrop draws it: its area
                                     from `area`, its width / height from `ratio`. Above 1 the image shrinks within it.
     angle                           degrees, counter-clockwise, within +-rotate
     mirrored                        1 with probability `flip`, otherwise 0
     brightness, contrast, saturation  factors within 1 +- jitter; saturation is 0 with probability `gray`
+
+    On a CPU two views are drawn as by two calls.
     """
+    numbers = iter(torch.rand(views, 10, n, device=device).transpose(0, 1).flatten(1))  # ten times (views * n,)
 
     def uniform(low, high):
-        return torch.empty(n, device=device).uniform_(low, high)
+        return low + (high - low) * next(numbers)
 
     side = uniform(*area).sqrt()
-    stretch = uniform(math.log(ratio[0]), math.log(ratio[1])).div(2).exp() if area != (1, 1) else torch.ones_like(side)
+    stretch = uniform(math.log(ratio[0]) / 2, math.log(ratio[1]) / 2).exp() if area != (1, 1) else torch.ones_like(side)
     width, height = side * stretch, side / stretch
     if area[1] <= 1:
         width, height = width.clamp(max=1), height.clamp(max=1)
     return dict(
         width=width,
         height=height,
-        left=uniform(0, 1) * (1 - width),
-        top=uniform(0, 1) * (1 - height),
+        left=next(numbers) * (1 - width),
+        top=next(numbers) * (1 - height),
         angle=uniform(-rotate, rotate),
-        mirrored=(uniform(0, 1) < flip).float(),
+        mirrored=(next(numbers) < flip).float(),
         brightness=uniform(1 - jitter, 1 + jitter),
         contrast=uniform(1 - jitter, 1 + jitter),
-        saturation=uniform(1 - jitter, 1 + jitter) * (uniform(0, 1) >= gray),
+        saturation=uniform(1 - jitter, 1 + jitter) * (next(numbers) >= gray),
     )
 
 
@@ -344,24 +351,22 @@ def apply_views(pixels, draw, padding="reflection"):
     The first three are one bilinear sampling. Each step is torchvision's function of that name, image by image.
     """
     d = {name: value.to(pixels.device) for name, value in draw.items()}
-    x = pixels.float() / 255
+    width, height, angle, sign = d["width"], d["height"], d["angle"].deg2rad(), 1 - 2 * d["mirrored"]
+    sin, cos = angle.sin(), angle.cos()
     # Where an output point (x, y) in [-1, 1], y down, comes from: mirror, then rotate, then scale and shift.
-    angle, sign = d["angle"].deg2rad(), 1 - 2 * d["mirrored"]
-    across = torch.stack([sign * angle.cos(), -angle.sin(), 2 * d["left"] / d["width"] + 1 - 1 / d["width"]], 1)
-    down = torch.stack([sign * angle.sin(), angle.cos(), 2 * d["top"] / d["height"] + 1 - 1 / d["height"]], 1)
-    theta = torch.stack([d["width"][:, None] * across, d["height"][:, None] * down], 1)  # (B, 2, 3)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
+    across = width * sign * cos, -width * sin, 2 * d["left"] + width - 1
+    down = height * sign * sin, height * cos, 2 * d["top"] + height - 1
+    theta = torch.stack(across + down, 1).view(-1, 2, 3)  # (B, 2, 3)
+    grid = F.affine_grid(theta, pixels.shape, align_corners=False)
+    x = F.grid_sample(pixels.float() / 255, grid, padding_mode=padding, align_corners=False)
 
-    def blend(other, factor):
-        return torch.lerp(other, x, d[factor].view(-1, 1, 1, 1)).clamp(0, 1)
-
-    x = blend(torch.zeros_like(x), "brightness")
-    x = blend(gray(x).mean((1, 2, 3), keepdim=True), "contrast")
-    return blend(gray(x), "saturation")
+    brightness, contrast, saturation = (d[name].view(-1, 1, 1, 1) for name in ("brightness", "contrast", "saturation"))
+    x = (brightness * x).clamp_(0, 1)
+    x = torch.lerp(grayscale(x.mean((2, 3), keepdim=True)), x, contrast).clamp_(0, 1)
+    return torch.lerp(grayscale(x), x, saturation).clamp_(0, 1)
 
 
-def gray(x):
+def grayscale(x):
     """Colour to gray, (B, 3, H, W) -> (B, 1, H, W), weighted as in torchvision, Pillow and ITU-R 601."""
     red, green, blue = x.split(1, 1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
@@ -518,7 +523,7 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
         batch, index = pixels[index].to(device), index.to(device)  # uint8 (B, 3, H, W)
-        views = torch.cat([augment(batch, **VIEWS[config.views]), augment(batch, **VIEWS[config.views])])
+        views = augment(batch, views=2, **VIEWS[config.views])  # (2B, 3, H, W)
         targets = labels.targets(index)  # (B, C)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
             logits, z = model(views.contiguous(memory_format=torch.channels_last))  # (2B, C), (2B, D)

@@ -154,14 +154,14 @@ def test_any_number_of_images(n):
 
 def test_two_views_of_each_image(monkeypatch):
     """In every epoch each image is seen in exactly two views, which differ, and no batch is larger than asked for."""
-    visits, views, augment = [], [], tclip.augment
+    visits, both, augment = [], [], tclip.augment
 
     def record(self, index, *args):
         visits.append(index)
 
     def spy(pixels, **ranges):
-        views.append(augment(pixels, **ranges))
-        return views[-1]
+        both.append(augment(pixels, **ranges))
+        return both[-1]
 
     monkeypatch.setattr(EnsembleLabels, "record", record)
     monkeypatch.setattr(EnsembleLabels, "end_epoch", lambda *_, **__: None)
@@ -170,7 +170,8 @@ def test_two_views_of_each_image(monkeypatch):
     for epoch in torch.cat(visits).chunk(2):
         assert torch.bincount(epoch).tolist() == [2] * N
     assert max(map(len, visits)) <= 2 * 16
-    for first, second in zip(views[::2], views[1::2]):
+    for views in both:
+        first, second = views.chunk(2)
         assert ((first - second).abs().amax((1, 2, 3)) > 0.01).all()
 
 
@@ -189,7 +190,7 @@ def test_predictions_are_recorded_for_their_image(monkeypatch):
 
     recorded, images = [], tiny()
     monkeypatch.setattr(tclip, "Student", Colour)
-    monkeypatch.setattr(tclip, "augment", lambda pixels, **_: pixels / 255)
+    monkeypatch.setattr(tclip, "augment", lambda pixels, views, **_: (pixels / 255).repeat(views, 1, 1, 1))
     monkeypatch.setattr(EnsembleLabels, "record", lambda self, *values: recorded.append(values))
     monkeypatch.setattr(EnsembleLabels, "end_epoch", lambda *_, **__: None)
     train(settings(lr=0.0, epochs=1), images, opinion())

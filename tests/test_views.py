@@ -46,6 +46,16 @@ def test_every_image_has_its_own_draw(kind):
         assert fixed or len(values.unique()) > 50, name
 
 
+@pytest.mark.parametrize("kind", VIEWS)
+def test_two_views_at_once(kind):
+    """Two views in one call: first those that a first call would give, then a second's, on a CPU to the bit."""
+    pixels = images(5)
+    torch.manual_seed(0)
+    one_by_one = [augment(pixels, **VIEWS[kind]) for _ in range(2)]
+    torch.manual_seed(0)
+    assert torch.equal(augment(pixels, views=2, **VIEWS[kind]), torch.cat(one_by_one))
+
+
 def test_identity():
     """With nothing to change, the image itself comes out, whatever the padding."""
     pixels = images()

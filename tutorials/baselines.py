@@ -57,7 +57,7 @@ def batches(config, optimizer, members, epoch):
 
 def two_views(config, pixels):
     """uint8 (B, 3, H, W) -> float (2B, 3, H, W): rows i and i + B are random views of image i."""
-    return torch.cat([tclip.augment(pixels, **tclip.VIEWS[config.views]) for _ in range(2)])
+    return tclip.augment(pixels, views=2, **tclip.VIEWS[config.views])
 
 
 def forward(student, views):

@@ -163,8 +163,7 @@ def augmentation(config, device, steps, pixels):
 
     def work():
         for _ in range(steps):
-            for _ in range(2):
-                tclip.augment(batch, **tclip.VIEWS[config.views])
+            tclip.augment(batch, views=2, **tclip.VIEWS[config.views])
 
     return lambda: seconds_of(work, device)
 
