@@ -174,9 +174,8 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="i
     gradient. Returns a float32 scalar, finite whatever the classes. Our reading of arXiv 2206.06177; its limits are
     Chen et al. 2020 (SimCLR) and Khosla et al. 2020 (SupCon).
     """
-    rows = torch.arange(len(z), device=z.device)
-    own = rows[:, None] == rows  # (2B, 2B), the diagonal
-    other_view = rows[:, None] == rows.roll(len(z) // 2)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)  # (2B, 2B), the diagonal
+    other_view = own.roll(len(z) // 2, 0)
     with torch.autocast(z.device.type, enabled=False):  # exp(s) needs float32
         s = (z.float() @ z.float().T / temperature).masked_fill(own, -torch.inf)
         agreement = (targets.float() @ targets.float().T).clamp(0, 1).repeat(2, 2)
