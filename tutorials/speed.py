@@ -325,21 +325,23 @@ def decode(device, rounds, quick):
 MAIN = [sys.executable, str(HERE.parent / "tclip.py"), "--epochs", "1", "--no-cache"]
 
 
-def call(command):
-    """Run a command to its end: (seconds, the most memory that it held in MB; 0 where the system does not tell)."""
+# A process counts as large at least as the one that started it, and this one is large: a small one stands between.
+LAUNCHER = """import os, sys
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))"""
+
+
+def call(*command):
+    """Run a command to its end: (seconds, the most memory that it held in MB)."""
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    message = process.stderr.read()
-    if hasattr(os, "wait4"):
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-    else:
-        process.wait()
-        peak = 0
-    if process.returncode:
-        raise UserError(f"{' '.join(map(str, command))}: {tclip.first_line(message)}")
-    return time.perf_counter() - begun, peak
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", LAUNCHER, *map(str, command)], capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - begun
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, command))}: {tclip.first_line(done.stderr)}")
+    return seconds, int(done.stdout.split()[-1]) / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def start(device, rounds, quick):
@@ -359,7 +361,7 @@ print(between - begun, time.perf_counter() - between)"""
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
             begun, out = time.time(), Path(folder) / str(i)
-            whole.append(call([*MAIN, "--device", device.type, "--out", out])[0])
+            whole.append(call(*MAIN, "--device", device.type, "--out", out)[0])
             first.append((out / "metrics.csv").stat().st_mtime - begun)  # written after the epoch
     yield "python tclip.py --epochs 1", "to the end of the epoch", "s", first
     yield "python tclip.py --epochs 1", "to the end", "s", whole
@@ -369,7 +371,7 @@ def memory(device, rounds, quick):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if not quick:
-            peak = call([*MAIN, "--device", device.type, "--out", folder / "main"])[1]
+            peak = call(*MAIN, "--device", device.type, "--out", folder / "main")[1]
             yield "python tclip.py", "peak memory", "MB", [peak]
         file = jpeg(photo(np.random.default_rng(0), 8, 8))
         for n in (50,) if quick else (10_000, 100_000):
@@ -377,8 +379,8 @@ def memory(device, rounds, quick):
             answers = folder / f"{n}.csv"
             tclip.write_csv(answers, (dict(file=f"{i:08d}.jpg", label="dog" if i % 3 else "cat") for i in range(n)))
             settings = ["--images", images, "--pseudo-labels", answers, "--size", 8, "--arch", "resnet8", "--memory", 0]
-            command = [*MAIN, "--device", device.type, "--out", folder / f"out-{n}", *settings]
-            yield f"{n:,} files of 8 px, --memory 0", "peak memory", "MB", [call(list(map(str, command)))[1]]
+            peak = call(*MAIN, "--device", device.type, "--out", folder / f"out-{n}", *settings)[1]
+            yield f"{n:,} files of 8 px, --memory 0", "peak memory", "MB", [peak]
 
 
 # ======================================================================================================================
