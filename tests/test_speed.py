@@ -89,7 +89,7 @@ def test_same_work(quick):
 def test_usual_loop():
     """The data set of loop c gives two different views of its image, whatever kind of images it is."""
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    for dataset, _ in speed.CASES.values():
+    for dataset, _, _ in speed.CASES.values():
         config = tclip.complete(tclip.Config(dataset, size=32, out="nowhere"))
         first, second, index = speed.TwoViews(pixels, speed.usual_transforms(config))[1]
         assert first.shape == second.shape == (3, 32, 32) and index == 1
