@@ -37,7 +37,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
@@ -622,7 +622,6 @@ class Recipe:
     test      the same for the held-out images; empty: a fixed fifth of `train`, stratified, is held out
     templates prompts, "{}" stands for the class name
     classes   names CLIP is asked for, in the order of the labels; None: the data set's own
-    files     what torchvision downloads, as paths in its folder: told where there is no network
     """
 
     source: str | Callable
@@ -630,7 +629,6 @@ class Recipe:
     test: tuple
     templates: tuple
     classes: tuple = None
-    files: tuple = ()
     size: int = 32
     arch: str = "resnet18"
     views: str = "photo"
@@ -666,7 +664,6 @@ SMALL_PHOTO_PROMPTS = with_the(
 )
 
 
-IDX = [f"{part}-ubyte.gz" for part in "train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1".split()]
 TRAIN, TEST = ({"train": True},), ({"train": False},)
 SPLIT_TRAIN, SPLIT_TEST = ({"split": "train"},), ({"split": "test"},)
 SPLIT_TRAIN_VAL = ({"split": "train"}, {"split": "val"})
@@ -677,11 +674,10 @@ DATASETS = {
         NUMBER_PROMPT + ("a photo of the digit {}.", "the handwritten digit {}."), NUMBER_WORDS,
         size=16, arch="resnet8", views="writing", clip="offline",
     ),
-    "cifar10": Recipe("CIFAR10", TRAIN, TEST, SMALL_PHOTO_PROMPTS, files=("cifar-10-python.tar.gz",)),
-    "cifar100": Recipe("CIFAR100", TRAIN, TEST, SMALL_PHOTO_PROMPTS, files=("cifar-100-python.tar.gz",)),
+    "cifar10": Recipe("CIFAR10", TRAIN, TEST, SMALL_PHOTO_PROMPTS),
+    "cifar100": Recipe("CIFAR100", TRAIN, TEST, SMALL_PHOTO_PROMPTS),
     "stl10": Recipe(
-        "STL10", ({"split": "train+unlabeled"},), SPLIT_TEST, with_the("a photo of a {}."),
-        files=("stl10_binary.tar.gz",), size=96, class_prior="none",
+        "STL10", ({"split": "train+unlabeled"},), SPLIT_TEST, with_the("a photo of a {}."), size=96, class_prior="none"
     ),
     "eurosat": Recipe(
         "EuroSAT", ({},), (),
@@ -691,44 +687,40 @@ DATASETS = {
             "industrial buildings or commercial buildings", "pasture land", "permanent crop land",
             "residential buildings or homes or apartments", "river", "lake or sea",
         ),
-        files=("eurosat/EuroSAT.zip",), size=64, views="overhead",
+        size=64, views="overhead",
     ),
     "svhn": Recipe(
-        "SVHN", SPLIT_TRAIN, SPLIT_TEST, NUMBER_PROMPT, NUMERALS,
-        files=("train_32x32.mat", "test_32x32.mat"), views="street", class_prior="none",
+        "SVHN", SPLIT_TRAIN, SPLIT_TEST, NUMBER_PROMPT, NUMERALS, views="street", class_prior="none"
     ),
-    "mnist": Recipe(
-        "MNIST", TRAIN, TEST, NUMBER_PROMPT, NUMERALS, tuple(f"MNIST/raw/{name}" for name in IDX), views="writing"
-    ),
+    "mnist": Recipe("MNIST", TRAIN, TEST, NUMBER_PROMPT, NUMERALS, views="writing"),
     "fashionmnist": Recipe(
         "FashionMNIST", TRAIN, TEST, with_the("a photo of a {}.", "a black and white photo of a {}."),
         ("t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
-        files=tuple(f"FashionMNIST/raw/{name}" for name in IDX),
     ),
-    "food101": Recipe(
-        "Food101", SPLIT_TRAIN, SPLIT_TEST, ("a photo of {}, a type of food.",),
-        files=("food-101.tar.gz",), size=128,
-    ),
+    "food101": Recipe("Food101", SPLIT_TRAIN, SPLIT_TEST, ("a photo of {}, a type of food.",), size=128),
     "dtd": Recipe(
         "DTD", SPLIT_TRAIN_VAL, SPLIT_TEST,
-        with_the(*(f"a photo of a {{}} {noun}." for noun in ("texture", "pattern", "thing", "object"))),
-        files=("dtd/dtd-r1.0.1.tar.gz",), size=128,
+        with_the(*(f"a photo of a {{}} {noun}." for noun in ("texture", "pattern", "thing", "object"))), size=128,
     ),
     "flowers102": Recipe(
-        "Flowers102", SPLIT_TRAIN_VAL, SPLIT_TEST, ("a photo of a {}, a type of flower.",),
-        files=tuple(f"flowers-102/{name}" for name in ("102flowers.tgz", "imagelabels.mat", "setid.mat")), size=128,
+        "Flowers102", SPLIT_TRAIN_VAL, SPLIT_TEST, ("a photo of a {}, a type of flower.",), size=128
     ),
     "oxford-pets": Recipe(
-        "OxfordIIITPet", ({"split": "trainval"},), SPLIT_TEST, ("a photo of a {}, a type of pet.",),
-        files=("oxford-iiit-pet/images.tar.gz", "oxford-iiit-pet/annotations.tar.gz"), size=128,
+        "OxfordIIITPet", ({"split": "trainval"},), SPLIT_TEST, ("a photo of a {}, a type of pet.",), size=128
     ),
     "caltech101": Recipe(
-        "Caltech101", ({},), (), with_the("a photo of a {}.", "a drawing of a {}."),
-        files=("caltech101/101_ObjectCategories",), size=128, class_prior="none",
+        "Caltech101", ({},), (), with_the("a photo of a {}.", "a drawing of a {}."), size=128, class_prior="none"
     ),
 }  # fmt: skip
 FROM_RECIPE = ("clip", "size", "arch", "views", "class_prior")  # settings that are the recipe's where they are None
 OWN_IMAGES = Recipe(None, (), (), with_the("a photo of a {}."), size=None, class_prior="none")
+
+
+def find_recipe(dataset):
+    """The entry of the table. UserError: there is none of that name."""
+    if dataset not in DATASETS:
+        raise UserError(f"unknown data set {dataset!r}; there is: {nearest(dataset, DATASETS)}")
+    return DATASETS[dataset]
 
 
 def open_dataset(dataset, root="data", split="train"):
@@ -737,24 +729,18 @@ def open_dataset(dataset, root="data", split="train"):
     split: "train", the unlabeled images, or "test", the held-out ones. Returns (data set, class names).
     UserError: unknown name; no network; an archive that was cut off.
     """
-    if dataset not in DATASETS:
-        raise UserError(f"unknown data set {dataset!r}; there is: {nearest(dataset, DATASETS)}")
     if split not in ("train", "test"):
         raise UserError(f"unknown split {split!r}; there is: train, test")
     import torchvision
 
-    recipe = DATASETS[dataset]
+    recipe = find_recipe(dataset)
     source = recipe.source if callable(recipe.source) else getattr(torchvision.datasets, recipe.source)
-    try:
+    remedy = (
+        f"Without network, give the same command on another machine and copy its folder {root} here. If an earlier "
+        f"download was cut off, delete what it left of {dataset} in {root}"
+    )
+    with as_user_error(f"cannot get {dataset}", Exception, remedy=remedy):  # torchvision raises a dozen kinds
         parts = [source(root=root, download=True, **kw) for kw in (split == "test" and recipe.test) or recipe.train]
-    except Exception as error:  # torchvision raises a dozen kinds: all mean that files are missing, or not whole
-        files = [Path(root) / file for file in recipe.files]
-        there = [file for file in files if file.exists()]
-        remedy = "Let it be downloaded, or lay these there from elsewhere"
-        cut_off = f". If its download was cut off, delete {', '.join(map(str, there))}" if there else ""
-        raise UserError(
-            f"cannot get {dataset}: {first_line(error)}. {remedy}: {', '.join(map(str, files))}{cut_off}"
-        ) from error
     own = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None)
     classes = list(recipe.classes or (name.replace("_", " ") for name in own))
     if own and len(own) != len(classes):
@@ -775,7 +761,7 @@ class Folder(torch.utils.data.Dataset):
     for evaluation alone; the label of other files is -1. Links are followed only to files within the folder.
     """
 
-    def __init__(self, root, labels=None):
+    def __init__(self, root):
         root = Path(root)
         if not root.exists():
             raise UserError(f"{root} does not exist")
@@ -783,12 +769,11 @@ class Folder(torch.utils.data.Dataset):
             root = root.resolve()
             root, self.paths = root.parent, [root]
         else:
-            every = root.rglob("*")  # a folder counts as a file where its files are out of reach
+            every = sorted(root.rglob("*"))  # a folder counts as a file where its files are out of reach
             self.paths = [p for p in every if p.is_symlink() or not p.is_dir() or not os.access(p, os.R_OK)]
         self.root = root.resolve()
-        self.paths.sort()
         self.names = [os.fsencode(p.relative_to(root).as_posix()).decode(errors="backslashreplace") for p in self.paths]
-        self.labels = labels or {}
+        self.labels = {}
 
     def __len__(self):
         return len(self.paths)
@@ -810,10 +795,8 @@ class Folder(torch.utils.data.Dataset):
         """Side for the student's images: the largest of 32, 64, 96 and 128 that half of (up to 20) images reach."""
         sides = []
         for i in range(0, len(self), math.ceil(len(self) / 20) or 1):
-            try:
+            with suppress(Exception):  # told by name when all are read
                 sides.append(min(self[i][0].size))
-            except Exception:  # told by name when all are read
-                continue
         median = sorted(sides)[len(sides) // 2] if sides else 0
         return max(side for side in (32, 64, 96, 128) if side <= max(median, 32))
 
@@ -823,10 +806,8 @@ def upright_rgb(image):
 
     Gray of 16 or 32 bits is stretched from its own darkest and brightest value: such images seldom fill their range.
     """
-    try:
+    with suppress(Exception):  # where the EXIF is broken, the image need not be
         image = ImageOps.exif_transpose(image)
-    except Exception:  # the EXIF is broken, the image need not be
-        pass
     if image.mode[0] in "IF":
         values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         values = (values - values.min()) / max(np.ptp(values), 1e-12)
@@ -974,11 +955,9 @@ def load_images(dataset="digits", root="data", split="train", size=None, teacher
 # Teachers: CLIP as two packages have it, a cache of what it has seen, or a file of another teacher's answers
 # ======================================================================================================================
 
-HERE = Path(__file__).resolve().parent
-OFFLINE_CLIP = next(  # beside this file in a checkout; where pip puts data files otherwise
-    (p for p in (HERE / "tutorials/offline_clip.pt", Path(sys.prefix) / "share/tclip/offline_clip.pt") if p.exists()),
-    HERE / "tutorials/offline_clip.pt",
-)
+OFFLINE_CLIP = Path(__file__).resolve().parent / "tutorials/offline_clip.pt"
+if not OFFLINE_CLIP.exists():  # no checkout: where pip puts data files
+    OFFLINE_CLIP = Path(sys.prefix) / "share/tclip/offline_clip.pt"
 OPENAI_CLIP = "RN50 RN101 RN50x4 RN50x16 RN50x64 ViT-B/32 ViT-B/16 ViT-L/14 ViT-L/14@336px".split()
 
 
@@ -1055,13 +1034,11 @@ def cached(teacher, folder):
 
     @contextmanager
     def opened():
-        try:
+        with as_user_error(f"cannot use {file}", OSError, sqlite3.Error, remedy="Delete it, or run with --no-cache"):
             file.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(file, timeout=60)) as database, database:
                 database.execute("CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID")
                 yield database
-        except (OSError, sqlite3.Error) as error:
-            raise UserError(f"cannot use {file}: {first_line(error)}. Delete it, or run with --no-cache") from error
 
     def encode_images(pixels):
         keys = [hashlib.blake2b(view.numpy().tobytes(), digest_size=20, key=teacher.digest).digest() for view in pixels]
@@ -1071,9 +1048,9 @@ def cached(teacher, folder):
         new = [i for i, key in enumerate(keys) if key not in rows]
         if new:
             features = teacher.encode_images(pixels[new]).cpu().numpy()
-            rows.update((keys[i], row.tobytes()) for i, row in zip(new, features))
+            fresh = [(keys[i], row.tobytes()) for i, row in zip(new, features)]
+            rows.update(fresh)
             with opened() as database:
-                fresh = [(keys[i], rows[keys[i]]) for i in new]
                 database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", fresh)
         return torch.from_numpy(np.stack([np.frombuffer(rows[key], np.float32) for key in keys]))
 
@@ -1093,22 +1070,17 @@ def openai_clip_model(name, device):
         clip, tokenize = None, open_clip.tokenize
     if name == "offline" or Path(name).is_file():
         build = clip.model.build_model if clip else open_clip.model.build_model_from_openai_state_dict
-        try:
+        wrong = AttributeError, KeyError, TypeError, RuntimeError
+        with as_user_error(f"{name} is not a state_dict of OpenAI's CLIP", *wrong):
             return build(read_tensors(OFFLINE_CLIP if name == "offline" else name)), tokenize
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{name} is not a state_dict of OpenAI's CLIP: {first_line(error)}") from error
     if name not in OPENAI_CLIP:
         raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, [*OPENAI_CLIP, 'offline'])}, arch:tag, FILE")
     file = Path("~/.cache/clip").expanduser() / f"{name.replace('/', '-').replace('@', '-')}.pt"
-    try:
+    remedy = f"Without network, copy it to {file} from elsewhere; if its download was cut off, delete that file"
+    with as_user_error(f"cannot load {name}", OSError, RuntimeError, remedy=remedy):
         if clip:
             return clip.load(name, device)[0], tokenize
         return open_clip.load_openai_model(file.stem.removesuffix("px"), device=device), tokenize
-    except (OSError, RuntimeError) as error:
-        remedy = "is cut off: delete it, then" if file.exists() else "is missing:"
-        raise UserError(
-            f"cannot load {name}: {first_line(error)}. {file} {remedy} let it be downloaded, or copy it there"
-        ) from error
 
 
 def open_clip_model(name, dtype, device):
@@ -1122,21 +1094,20 @@ def open_clip_model(name, dtype, device):
         raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, tags or known)}")
     preset = open_clip.get_pretrained_cfg(arch, tag)
     precision = "fp16" if dtype == torch.float16 else "fp32"
+    quick_gelu = preset.get("quick_gelu", False)  # open_clip only warns when weights trained with it run without it
+    remedy = (
+        f"Without network, copy the weights of {preset.get('hf_hub') or preset.get('url')} from elsewhere and name "
+        f"the file: --clip {arch.removesuffix('-quickgelu')}{'-quickgelu' if quick_gelu else ''}:FILE"
+    )
     level = logging.root.manager.disable
-    logging.disable()  # a missing network is told once, below, not a dozen times
-    try:  # open_clip only warns when weights trained with QuickGELU are run without it: set it
-        quick_gelu = preset.get("quick_gelu", False)
-        tokenize = open_clip.get_tokenizer(arch)
-        model = open_clip.create_model(arch, tag, precision=precision, device=device, force_quick_gelu=quick_gelu)
-    except Exception as error:
-        source = preset.get("hf_hub") or preset.get("url")
-        raise UserError(
-            f"cannot load {name}: {first_line(error)}. Without network, copy the weights of {source} from elsewhere "
-            f"and name the file: --clip {arch.removesuffix('-quickgelu')}{'-quickgelu' if quick_gelu else ''}:FILE"
-        ) from error
+    logging.disable()  # a missing network is told once, not a dozen times
+    try:
+        with as_user_error(f"cannot load {name}", Exception, remedy=remedy):
+            tokenize = open_clip.get_tokenizer(arch)
+            model = open_clip.create_model(arch, tag, precision=precision, device=device, force_quick_gelu=quick_gelu)
+            return model, tokenize
     finally:
         logging.disable(level)
-    return model, tokenize
 
 
 def read_labels(path):
@@ -1145,22 +1116,40 @@ def read_labels(path):
     UserError: unreadable, no such columns, a file twice, a confidence outside [0, 1].
     """
     found = {}
-    try:
+    with as_user_error(f"cannot read {path}", OSError, ValueError, csv.Error):
         with open(path, newline="", encoding="utf-8-sig") as file:  # "-sig": spreadsheets put a mark in front
             reader = csv.DictReader(file)
             if not {"file", "label"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{path}: its first line must name the columns: file,label or file,label,confidence")
+                raise ValueError("its first line must name the columns: file,label or file,label,confidence")
             for row in reader:
                 name, label, confidence = (unguarded(row.get(k) or "") for k in ("file", "label", "confidence"))
-                if not name or not label or name in found:
-                    what = f"{name} twice" if name in found else "no file or no label"
-                    raise UserError(f"{path} has {what} in line {reader.line_num}")
+                if not name or not label:
+                    raise ValueError(f"no file or no label in line {reader.line_num}")
+                if name in found:
+                    raise ValueError(f"{name} twice, again in line {reader.line_num}")
                 found[name] = label, float(confidence or 1)
                 if not 0 <= found[name][1] <= 1:
-                    raise UserError(f"{path}: confidence {confidence} of {name} is not within 0 and 1")
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+                    raise ValueError(f"confidence {confidence} of {name} is not within 0 and 1")
+    if not found:
+        raise UserError(f"{path} has no row")
     return found
+
+
+def read_npz(path):
+    """File names, class names and probs float32 (N, C) from an npz file of these arrays. UserError: one is wrong."""
+    with as_user_error(f"cannot read {path} (npz with files, classes, probs)", Exception):  # numpy raises a dozen kinds
+        with np.load(path, allow_pickle=False) as data:
+            files, classes, probs = data["files"], data["classes"], data["probs"].astype(np.float32)
+        if not all(names.dtype.kind == "U" and names.ndim == 1 for names in (files, classes)):
+            raise ValueError("files and classes must be lists of strings")
+        if probs.shape != (len(files), len(classes)) or not probs.size:
+            raise ValueError(f"probs are {probs.shape}, for {len(files)} files and {len(classes)} classes")
+        if not (np.isfinite(probs).all() and (probs >= 0).all() and (probs.sum(1) > 0).all()):
+            raise ValueError("probs are not finite, or below zero, or all zero for an image")
+        twice = [file for file, times in Counter(files.tolist()).items() if times > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} twice")
+    return files.tolist(), classes.tolist(), torch.from_numpy(probs / probs.sum(1, keepdims=True))
 
 
 def plain(name):
@@ -1187,27 +1176,13 @@ def read_pseudo_labels(path, classes=None):
     of; None: those of the file. UserError: unreadable, doubled files, other classes, what is no probability.
     """
     if Path(path).suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                files, own, probs = data["files"], data["classes"], data["probs"]
-            if files.dtype.kind != "U" or own.dtype.kind != "U" or files.ndim != 1 or own.ndim != 1:
-                raise ValueError("files and classes must be lists of strings")
-            files, own, probs = files.tolist(), own.tolist(), torch.from_numpy(probs.astype(np.float32))
-        except Exception as error:  # numpy and zipfile raise a dozen kinds
-            raise UserError(f"cannot read {path} (npz with files, classes, probs): {first_line(error)}") from error
-        if probs.shape != (len(files), len(own)):
-            raise UserError(f"{path}: probs are {tuple(probs.shape)}, for {len(files)} files and {len(own)} classes")
-        if not (probs.isfinite().all() and (probs >= 0).all() and (probs.sum(1) > 0).all()):
-            raise UserError(f"{path}: probs are not finite, or below zero, or all zero for an image")
-        if len(set(files)) < len(files):
-            raise UserError(f"{path} has {next(f for f, n in Counter(files).items() if n > 1)} twice")
-        order = class_numbers(classes or own, own, path)
+        files, own, probs = read_npz(path)
+        classes = classes or own
+        order = class_numbers(classes, own, path)
         if len(order) != len(own):
             raise UserError(f"{path} has {len(own)} classes, not {len(order)}: {', '.join(own)}")
-        return files, classes or own, (probs / probs.sum(1, keepdim=True))[:, order]
+        return files, classes, probs[:, order]
     found = read_labels(path)
-    if not found:
-        raise UserError(f"{path} has no row")
     labels, confidence = zip(*found.values())
     classes = classes or sorted(set(labels))
     mine = F.one_hot(torch.tensor(class_numbers(labels, classes, path)), len(classes))
@@ -1223,10 +1198,10 @@ def match(names, files, probs):
         raise UserError(f"none of the {len(names)} images has a pseudo-label: {names[0]} is not like {files[0]}")
     if missing:
         tell(f"{len(missing)} of {len(names)} images have no pseudo-label, such as {missing[0]}: they start undecided")
-    if len(files) > len(names) - len(missing):
-        unknown = len(files) - len(names) + len(missing)
-        known = set(names)
-        tell(f"{unknown} pseudo-labels are of other files, such as {next(file for file in files if file not in known)}")
+    known = set(names)
+    others = [file for file in files if file not in known]
+    if others:
+        tell(f"{len(others)} pseudo-labels are of other files, such as {others[0]}")
     even = probs.new_full((1, probs.shape[1]), 1 / probs.shape[1])
     return torch.cat([probs, even])[[row.get(name, len(files)) for name in names]]
 
@@ -1250,6 +1225,15 @@ def read_tensors(path):
 def first_line(error):
     """What an exception says, for the middle of a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@contextmanager
+def as_user_error(message, *kinds, remedy=""):
+    """Errors of these kinds within become a UserError: the message, the first line of what they say, the remedy."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{message}: {first_line(error)}" + (f". {remedy}" if remedy else "")) from error
 
 
 def tell(message):
@@ -1307,11 +1291,9 @@ def save_tensors(path, value):
 def load_student(path):
     """(student, class names) from a run's model.pt; images are square, of side student.size. UserError: unreadable."""
     model = read_tensors(path)
-    try:
+    with as_user_error(f"{path} is not the model.pt of a run", KeyError, TypeError, RuntimeError):
         student = Student(model["arch"], len(model["classes"]), model["size"])
         student.load_state_dict(model["student"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is not the model.pt of a run: {first_line(error)}") from error
     return student.eval(), model["classes"]
 
 
@@ -1362,43 +1344,47 @@ def parse(argv):
             raise UserError(message)
 
     usage = __doc__.split("\n\n")
-    parser = Parser("tclip", description=usage[0] + "\n\n" + usage[2], formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(
+        "tclip",
+        description=usage[0] + "\n\n" + usage[2],
+        formatter_class=argparse.RawTextHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # of what is not given, Config knows the default
+    )
     for f in fields(Config):
-        default = "" if f.default is None or f.type is bool else f" [{f.default}]"
-        default = " [the data set's]" if f.name in FROM_RECIPE else default
+        text, choices = f.metadata["help"], f.metadata["choices"]
+        if choices:
+            text += f": {', '.join(choices)}"
+        if f.name in FROM_RECIPE:
+            text += " [the data set's]"
+        elif f.default is not None and f.type is not bool:
+            text += f" [{f.default}]"
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
-        choices = f.metadata["choices"]
-        text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + default
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=text.replace("%", "%%"), **kind)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text.replace("%", "%%"), **kind)
     parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
     parser.add_argument("--predict", metavar="PATH", help="name the images in this folder, or this one, by --model")
     parser.add_argument("--model", metavar="FILE", help="model.pt of a run, for --predict and --export")
     parser.add_argument("--export", choices=("onnx",), help="write --model as model.onnx and model.safetensors, too")
-    arguments = vars(parser.parse_args(argv))
-    for name, value in arguments.items():
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
         if value == "":  # of a shell variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty")
-    action = {name: arguments.pop(name) for name in ("resume", "predict", "model", "export")}
+    action = {name: given.pop(name, None) for name in ("resume", "predict", "model", "export")}
     if bool(action["model"]) != bool(action["predict"] or action["export"]):
         raise UserError("--model FILE goes with --predict PATH or --export onnx, and they with it")
-    resume = action["resume"]
-    if not resume:
-        return Config(**arguments), action
-    if len(argv) > 2 - ("=" in argv[0]):
-        raise UserError(f"--resume takes every setting from {resume}/config.json: give no others")
-    try:
-        values = json.loads((Path(resume) / "config.json").read_text())
-        return Config(**values | dict(out=resume)), action  # wherever the folder lies by now
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot resume {resume}: {first_line(error)}") from error
+    resumed = action["resume"]
+    if not resumed:
+        return Config(**given), action
+    if given or action["model"]:
+        raise UserError(f"--resume takes every setting from {resumed}/config.json: give no others")
+    with as_user_error(f"cannot resume {resumed}", OSError, ValueError, TypeError):
+        values = json.loads((Path(resumed) / "config.json").read_text())
+        return Config(**values | dict(out=resumed)), action  # wherever the folder lies by now
 
 
 def complete(config):
     """The config with every None filled in: from the data set's entry in the table, and the folder of the results."""
-    if config.dataset not in DATASETS:
-        raise UserError(f"unknown data set {config.dataset!r}; there is: {nearest(config.dataset, DATASETS)}")
-    filled = {name: getattr(recipe_of(config), name) for name in FROM_RECIPE}
-    config = replace(config, **{name: value for name, value in filled.items() if getattr(config, name) is None})
+    recipe = recipe_of(config)
+    config = replace(config, **{name: getattr(recipe, name) for name in FROM_RECIPE if getattr(config, name) is None})
     if config.size is None:
         config = replace(config, size=Folder(config.images).usual_size())
     if config.out is None:
@@ -1412,7 +1398,7 @@ def complete(config):
 
 def recipe_of(config):
     """What to know of the images that config names."""
-    return OWN_IMAGES if config.images else DATASETS[config.dataset]
+    return OWN_IMAGES if config.images else find_recipe(config.dataset)
 
 
 def check_empty(out):
@@ -1434,10 +1420,8 @@ def listed(value, separator=None):
         return None
     parts = value.split(separator) if separator else [value]
     if os.path.isfile(value):
-        try:
+        with as_user_error(f"cannot read {value}", OSError, UnicodeError):
             parts = Path(value).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeError) as error:
-            raise UserError(f"cannot read {value}: {first_line(error)}") from error
     items = [part.strip() for part in parts if part.strip()]
     if not items or len(set(items)) < len(items):
         raise UserError(f"{value} {'names something twice' if items else 'is empty'}")
@@ -1447,9 +1431,9 @@ def listed(value, separator=None):
 def read_truth(truth, names, classes):
     """Class numbers of files by name, for evaluation: a csv file's, or (truth = "folders") those of their folders."""
     if truth == "folders":
-        labels = {name: name.split("/")[-2] for name in names if "/" in name}
         known = {plain(name) for name in classes}
-        labels = {name: label for name, label in labels.items() if plain(label) in known}
+        folders = {name: Path(name).parent.name for name in names}
+        labels = {name: folder for name, folder in folders.items() if plain(folder) in known}
     else:
         labels = {name: label for name, (label, _) in read_labels(truth).items()}
     there = len(labels.keys() & set(names))
@@ -1588,11 +1572,9 @@ def report_skipped(out, skipped, total):
 def make_folder(path):
     """The folder for results, made where it is missing, as a Path. UserError: it cannot be written to."""
     out = Path(path)
-    try:
+    with as_user_error(f"cannot write to {out}", OSError):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {first_line(error)}") from error
     return out
 
 

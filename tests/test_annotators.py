@@ -136,6 +136,7 @@ HALF = [("a", "red", "0.5"), ("b", "blue", "0.5")]
         (dict(probs=np.array([["x", "y"], ["z", "w"]])), []),
         (dict(files=np.array(["a", "a"])), ["a twice"]),
         (dict(files=np.array(["a"])), ["1 files"]),
+        (dict(files=np.array([], str), probs=np.zeros((0, 2))), ["0 files"]),
         (dict(classes=np.array(["red", "blu"])), ["blu", "blue"]),
         (dict(classes=np.array(["red", "blue", "green"]), probs=np.full((2, 3), 0.3)), ["3 classes, not 2"]),
         (dict(classes=np.array(["red", "red"])), ["none twice"]),

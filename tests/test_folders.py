@@ -368,7 +368,8 @@ def planted(tmp_path_factory):
 @pytest.mark.parametrize("memory", [8.0, 0.0])
 def test_skipped_files_shift_nothing(planted, memory, tmp_path):
     """Behind a skipped file every row is still its own image's: pixels, name, truth, and what the teacher says."""
-    source = Folder(planted, {f"{i:03d}.ppm": i for i in range(500) if i % 2})
+    source = Folder(planted)
+    source.labels = {f"{i:03d}.ppm": i for i in range(500) if i % 2}
     seen_by_teacher = {}
 
     def encode(views):
@@ -442,7 +443,8 @@ def test_nested_names_and_one_file(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.png").mkdir()
     assert Folder(tmp_path).names == ["a/1.png", "b/2.png", "b/c/3.png"]
-    alone = Folder(tmp_path / "b" / "2.png", {"2.png": 4})
+    alone = Folder(tmp_path / "b" / "2.png")
+    alone.labels["2.png"] = 4
     assert alone.names == ["2.png"] and alone[0][1] == 4 and alone[0][0].getpixel((0, 0)) == (255, 0, 0)
 
 
