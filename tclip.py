@@ -1297,40 +1297,6 @@ def load_student(path):
     return student.eval(), model["classes"]
 
 
-def export_student(path):
-    """Write a run's model.pt again as model.onnx and model.safetensors beside it. Returns the path of the first.
-
-    ONNX: pixels uint8 (B, 3, S, S) -> probs float32 (B, C), for any B; the class names are in its metadata as json.
-    safetensors: the weights of the Student, with arch, size and classes in the metadata.
-    """
-    try:
-        import onnxscript  # noqa: F401, torch.onnx needs it
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise UserError(f'{first_line(error)}: export needs pip install -e ".[export]"') from error
-    student, classes = load_student(path)
-    about = dict(arch=read_tensors(path)["arch"], size=str(student.size), classes=json.dumps(classes))
-
-    class Exported(nn.Module):
-        def forward(self, pixels):
-            return student(pixels.float() / 255)[0].softmax(1)
-
-    exported = Exported()
-    exported.student = student
-    example = torch.zeros(2, 3, student.size, student.size, dtype=torch.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of no concern to who exports
-        program = torch.onnx.export(
-            exported.eval(), (example,), dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},),
-            input_names=["pixels"], output_names=["probs"],
-        )  # fmt: skip
-    program.model.metadata_props.update(about)
-    write_whole(Path(path).with_suffix(".onnx"), program.save)
-    weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
-    write_whole(Path(path).with_suffix(".safetensors"), lambda draft: save_file(weights, draft, about))
-    return Path(path).with_suffix(".onnx")
-
-
 # ======================================================================================================================
 # Command line
 # ======================================================================================================================
@@ -1611,6 +1577,8 @@ def main(argv=None):
         if action["predict"]:
             print(f"wrote {predict_folder(config, action['predict'], action['model'])}")
         if action["export"]:
+            with as_user_error('export needs tclip_export.py and pip install -e ".[export]"', ImportError):
+                from tclip_export import export_student
             print(f"wrote {export_student(action['model'])}")
         if action["model"]:
             return 0
@@ -1638,5 +1606,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.modules["tclip"] = sys.modules["__main__"]  # for tclip_report, which imports tclip: one UserError, not two
+    sys.modules["tclip"] = sys.modules["__main__"]  # for the modules that import tclip: one UserError, not two
     sys.exit(main())

@@ -49,11 +49,13 @@ def test_python_version(pyproject, environment):
 
 
 def test_imports_are_declared(pyproject):
-    """Every package that tclip.py imports is a requirement, comes with one, or with Python."""
-    names = set(re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / "tclip.py").read_text(), re.M))
+    """Every package that the modules import is a requirement, comes with one, or with Python."""
+    modules = pyproject["tool"]["setuptools"]["py-modules"]
+    sources = "\n".join((ROOT / f"{module}.py").read_text() for module in modules)
+    names = set(re.findall(r"^\s*(?:import|from) (\w+)", sources, re.M)) - set(modules)
     asked = {re.split("[=<>]", entry)[0] for entry in pyproject["project"]["dependencies"]}
     known = dict(open_clip="open_clip_torch", sklearn="scikit-learn", PIL="pillow", numpy="torchvision")
-    optional = {"clip", "onnxscript", "safetensors", "tclip_report"}  # done without, or asked for with [export]
+    optional = {"clip", "onnxscript", "safetensors"}  # done without, or asked for with [export]
     foreign = {known.get(name, name) for name in names - optional if name not in sys.stdlib_module_names}
     assert foreign <= asked, foreign - asked
 

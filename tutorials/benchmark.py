@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -110,29 +109,24 @@ def cifar10_annotator(config):
 
 def annotated_cifar10(config):
     """CIFAR-10 from files, and the predictions in cifar10_annotator.npz. UserError: they do not fit each other."""
-    folder = Path(config.root) / "cifar10"
-    saved = read_arrays(cifar10_annotator(config))
-    try:
-        classes = (folder / "classes.txt").read_text(encoding="utf-8").split()
-        with open(folder / "truth.csv", newline="", encoding="utf-8") as file:
-            truth = {row["file"]: classes.index(row["label"]) for row in csv.DictReader(file)}
-        if list(saved["classes"]) != classes:
-            raise ValueError("the annotator's classes are others")
-        unlabeled = {folder / "unlabeled" / name: truth[name] for name in saved["files"].tolist()}
-        test = {path: i for i, name in enumerate(classes) for path in sorted((folder / "test" / name).glob("*.jpg"))}
-        images, heldout = (read_files(part, classes, config.size) for part in (unlabeled, test))
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"cannot read CIFAR-10 from {folder}: {tclip.first_line(error)}") from error
-    return Task(images, heldout, torch.from_numpy(saved["probs"]).float(), None, "annotator of CIFAR-10, no CLIP")
+    folder, file = Path(config.root) / "cifar10", cifar10_annotator(config)
+    saved, classes = read_arrays(file), tclip.listed(str(folder / "classes.txt"))
+    if saved["classes"].tolist() != classes:
+        raise UserError(f"the classes of {file} are not those of {folder}")
+    images = read_folder(folder / "unlabeled", str(folder / "truth.csv"), classes, config.size)
+    heldout = read_folder(folder / "test", "folders", classes, config.size)
+    if missing := set(saved["files"].tolist()) - set(images.names):
+        raise UserError(f"{folder / 'unlabeled'} lacks {len(missing)} images of {file}, such as {min(missing)}")
+    probs = tclip.match(images.names, saved["files"].tolist(), torch.from_numpy(saved["probs"]).float())
+    return Task(images, heldout, probs, None, "annotator of CIFAR-10, no CLIP")
 
 
-def read_files(truth, classes, size):
-    """Images of the files that are the keys of `truth`."""
-    pixels = torch.empty(len(truth), 3, size, size, dtype=torch.uint8)
-    for row, path in zip(pixels, tqdm(truth, "images", disable=None)):
-        with Image.open(path) as image:
-            row[:] = tclip.square(image, size)
-    return tclip.Images(pixels, [path.name for path in truth], classes, torch.tensor(list(truth.values())))
+def read_folder(path, truth, classes, size):
+    """Images of the files below `path`, in the order of their names. truth: as in tclip.read_truth()."""
+    source = tclip.Folder(path)
+    source.labels = tclip.read_truth(truth, source.names, classes)
+    pixels, names, truth, _, _ = tclip.read_images(source, size, title=path.name)
+    return tclip.Images(pixels, names, classes, truth)
 
 
 def read_arrays(path):
