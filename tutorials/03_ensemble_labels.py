@@ -20,7 +20,8 @@
 #
 # [Notebook 1](01_pseudo_labels.ipynb) ended with labels of which many are wrong, and wrong together. A network that is
 # trained on them learns the right ones and the wrong ones. Here you see both happen, and what *ensemble labels* do
-# about it: labels that move, epoch by epoch, towards what the student itself has come to believe.
+# about it: labels that move, epoch by epoch, towards what the student itself has come to believe, as far as it can be
+# trusted.
 #
 # In [tclip.py](../tclip.py) this is the section *Ensemble labels*: `EnsembleLabels`, with `neighbour_mean` and
 # `balance`.
@@ -141,8 +142,10 @@ takeaway(
 # ## Why does it know better before it knows worse?
 #
 # What many images agree on is learned first: it takes few steps, each of which serves all of them. Exceptions are
-# learned later, one by one, when nothing else is left that would lower the loss. This is called *memorisation*, and
-# here it can be seen as the red line rising while the blue one falls.
+# learned later, one by one, when nothing else is left that would lower the loss. This is called *memorisation* (Arpit
+# et al. 2017), and here it can be seen as the red line rising while the dark blue one falls. (Notebook 1 found that
+# many of CLIP's errors follow a rule, and what follows a rule is learned early as well: even in its best epoch the
+# student is far from right about all of the wrongly labelled images.)
 #
 # So there is a time at which the student knows better than its labels. If the labels are moved towards what it says
 # then, the exceptions are no longer there to be memorised. That is the idea:
@@ -163,6 +166,7 @@ takeaway(
 # instead: how often do two of an image's neighbours, asked at random, name the same class, and how much more often is
 # that than with two strangers? (Cohen's kappa asks the same of two raters.) Where neighbours are all of one mind the
 # trust is one; where the student guesses it is near zero, and the labels stay the teacher's. No truth is needed for it.
+# What it cannot see is neighbours that agree on a wrong name.
 #
 # Left, the trust; right, how right the labels are. The third run has a higher momentum than the second.
 
@@ -244,8 +248,9 @@ takeaway(
 # %% [markdown]
 # ## How does a single label get there?
 #
-# Each row of the table is a distribution over the classes, and every epoch moves it a little. Here is the path of a few
-# labels: mended ones in the first row; in the second, spoiled or still wrong ones, as far as there are any.
+# Each row of the table is a distribution over the classes, and every epoch moves it by the share $1 - m$ of the way.
+# Here is the path of a few labels: mended ones in the first row; in the second, spoiled or still wrong ones, as far as
+# there are any.
 
 # %%
 last_label = table[-1].argmax(1)
@@ -283,10 +288,11 @@ takeaway(
 #
 # ## What goes into q?
 #
-# If $q$ were simply the student's own answer, the labels would mostly confirm themselves: the student has been trained
+# If $q$ were simply the student's own answer, the labels would tend to confirm themselves: the student has been trained
 # on them. tclip asks around instead. It averages the answers over the image's nearest *neighbours* in the student's
-# embedding, sharpens the mean, and balances the whole table over the classes as in notebook 1. Look at the neighbours
-# of a few images that CLIP named wrongly, with CLIP's names (red: wrong).
+# embedding (the image itself is one of them), sharpens the mean, and balances the whole table over the classes as in
+# notebook 1. Look at a few images whose first label is wrong, each the first of its row, and at their neighbours when
+# training is over, with the first labels (red: wrong).
 
 # %%
 z = embeddings["ensemble labels"]
@@ -311,7 +317,8 @@ takeaway(
 # ## What does each of the steps add?
 #
 # Take the answers of a student that was trained with *frozen* labels, and so has memorised much of the noise. Apply the
-# steps of `end_epoch` to them, one after the other, and count what is right.
+# steps of `end_epoch` to them, one after the other, and count what is right. (`end_epoch` has the answers about
+# augmented views from during the epoch; these are about the images as they are.)
 
 # %%
 own = said["frozen labels"][-1]
@@ -346,8 +353,10 @@ takeaway(
 )
 
 # %% [markdown]
-# Averages that are averaged again each epoch would fade towards grey; the sharpening works against that. The teacher's
-# share, $(1 - w)\,T_0$, is what keeps labels from drifting wherever the student goes.
+# Here it is the neighbours' mean that makes the table more right. What the other steps do shows over many epochs.
+# Averages that are averaged again each epoch would fade towards grey; the sharpening works against that. The balance is
+# in the labels already that this student learned from; what happens without it is in [results](results/README.md). The
+# teacher's share, $(1 - w)\,T_0$, is what keeps labels from drifting wherever the student goes.
 #
 # ## Exercises
 #
@@ -363,7 +372,8 @@ takeaway(
 #     print(changes, tclip.score(labels.table, truth)["per_class"])
 # ```
 # Without the balance nothing says that a class is called too seldom, and the one that CLIP hardly ever names has little
-# to start from. Compare your numbers with those of the runs above before you believe this.
+# to start from. Compare your numbers with those of the runs above, `tclip.score(table[-1], truth)["per_class"]`, before
+# you believe this.
 # </details>
 #
 # **2.** What happens to the table with `label_momentum=1`, and what with `0`?
@@ -379,9 +389,10 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# `metrics.csv` has `labels_changed` for each epoch: it should level off; and `trust`, which should rise. The sizes of
-# the classes, `labels.table.mean(0)`, should stay near what you know of them. And look at images whose label changed,
-# twenty of them: `labels.csv` has a column for that.
+# `metrics.csv` has `labels_changed` for each epoch, the share of images no longer called as the teacher does: it should
+# level off; and `trust`, which should rise. The sizes of the classes, `labels.table.mean(0)`, should stay near what you
+# know of them (balanced labels do so by themselves). And look at images whose label changed, twenty of them:
+# `labels.csv` has a column for that.
 # </details>
 
 # %%

@@ -18,9 +18,9 @@
 #
 # [![Open in Colab][badge]][colab]
 #
-# This notebook builds the loop up, from the least that trains to [`train`](../tclip.py): each version adds one idea to
-# the one before it, and the last is compared with `tclip.train`, bit by bit. On the way: what the student sees, where
-# the time goes, how an interrupted run goes on, and what the student has learned.
+# This notebook builds the loop up, from the least that trains to [`train`](../tclip.py): each version adds to the one
+# before it, and the last is compared with `tclip.train`, bit by bit. On the way: what the student sees, where the time
+# goes, how an interrupted run goes on, and what the student has learned.
 #
 # In [tclip.py](../tclip.py) these are the sections *Augmentation* (`augment`, `draw_views`, `apply_views`), *Student*
 # and *Training* (`train`, `train_epoch`, `learning_rate`).
@@ -121,8 +121,8 @@ takeaway(
 # A student, an optimizer, cross-entropy with CLIP's names. `Student` returns two things: logits, from which names are
 # made, and an embedding of length one, which we ignore at first.
 #
-# `report` keeps how right the student is on all images, which were its training images, but with wrong labels: this is
-# the *transductive* accuracy.
+# `report` keeps how right the student is on all images. It was trained on these same images, but with labels of which
+# some are wrong: this is the *transductive* accuracy.
 
 # %%
 curves = {}
@@ -159,6 +159,9 @@ takeaway(
 )
 
 # %% [markdown]
+# (It may be better than its teacher because ten epochs are too few to memorise all mistakes. In
+# [notebook 5](05_benchmark.ipynb) cross-entropy goes on for longer, and ends about as right as its teacher.)
+#
 # ## What does the contrastive loss need?
 #
 # Two views of each image in one batch, one after the other, as [`class_conditional_contrastive_loss`](../tclip.py)
@@ -406,17 +409,17 @@ takeaway(
 )
 
 # %% [markdown]
-# Four things have to be kept for that: the weights, the optimizer's momentum, the table of labels, and how many epochs
-# are done. The random draws need not be, as they follow from the epoch's number. On the command line it is `python
-# tclip.py --resume runs/digits`.
+# Five things have to be kept for that: the weights, the optimizer's momentum, the table of labels, the table that it
+# started as, and how many epochs are done. (The settings are there to notice if it is another run.) The random draws
+# need not be kept, as they follow from the epoch's number. On the command line it is `python tclip.py --resume
+# runs/digits`.
 #
 # ## What has the student learned?
 #
-# Look at its embedding, before and after (that is, of `tclip.train` above). PCA turns the embeddings by which images
-# are compared into the two directions in which they differ most; t-SNE draws a map on which neighbours stay neighbours
-# (sizes of and distances between its islands mean little; its axes have no meaning). Each digit is drawn as itself,
-# coloured by the true class, which the student never saw. On the right are the same points again: red are the images
-# that CLIP named wrongly.
+# Look at its embedding, before and after (that is, of `tclip.train` above). PCA shows the two directions in which the
+# embeddings of the images differ most; t-SNE draws a map on which neighbours stay neighbours (sizes of and distances
+# between its islands mean little; its axes have no meaning). Each digit is drawn as itself, coloured by the true class,
+# which the student never saw. On the right are the same points again: red are the images that CLIP named wrongly.
 
 
 # %%
@@ -513,8 +516,9 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# The two rows are equal, so their similarity is as high as it can be from the first step on. Nothing is left to learn
-# from pulling; only the pushing remains. Watch `c3l` in the rows that `on_epoch` gets.
+# `view = tclip.augment(pixels[index], **tclip.VIEWS[config.views])`, then `views = torch.cat([view, view])`. The two
+# rows are equal, so their similarity is as high as it can be from the first step on. Nothing is left to learn from
+# pulling; only the pushing remains. Print the contrastive loss in the loop, with and without this change.
 # </details>
 #
 # **3.** Add a *mean teacher*: a copy of the student whose weights follow slowly, and whose answers are recorded in
@@ -522,9 +526,16 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# In front of the loop: `shadow = copy.deepcopy(student)`. After `optimizer.step()`, without gradient: `for slow, fast
-# in zip(shadow.parameters(), student.parameters()): slow.lerp_(fast, 0.01)`. Then ask `shadow(views)`, and record its
-# answer. It costs one more forward pass a step. You have changed the method: now measure it, with more than one seed.
+# Before the loop: `shadow = copy.deepcopy(student)` (and `import copy`). In place of the line with `labels.record`:
+#
+# ```python
+# with torch.no_grad():
+#     for slow, fast in zip(shadow.parameters(), student.parameters()):
+#         slow.lerp_(fast, 0.01)
+#     logits, z = shadow(views)
+# labels.record(index.repeat(2), logits.softmax(1), z)
+# ```
+# It costs one more forward pass a step. You have changed the method: now measure it, with more than one seed.
 # </details>
 
 # %%

@@ -18,8 +18,8 @@
 #
 # [![Open in Colab][badge]][colab]
 #
-# A method is worth its complexity only if simpler ones do worse with the same labels. Here it meets others, and
-# each of its own halves. Some of it runs while you wait; the rest was run before and is read from
+# A method is worth its complexity only if simpler ones do worse with the same labels. Here it meets others, and each of
+# its own halves. Some of it runs while you wait; the rest was run before and is read from
 # [results](results/digits.csv), which the command at the end makes again.
 #
 # The code: [baselines.py](baselines.py), the other methods, a few lines each; [benchmark.py](benchmark.py), data sets,
@@ -64,7 +64,8 @@ print(f"{len(task.images.pixels)} unlabeled and {len(task.heldout.pixels)} held-
 # ## What is compared?
 #
 # All methods get the same images, the same pseudo-labels and the same network, augmentation, batch size, number of
-# epochs, optimiser and learning rate. None sees the truth. Hyperparameters of their own are those of the papers.
+# epochs, optimiser and learning rate. None sees the truth. Hyperparameters of their own are those of the papers, as far
+# as the papers have them.
 
 # %%
 for name, method in METHODS.items():
@@ -73,8 +74,12 @@ for name, method in METHODS.items():
 # %% [markdown]
 # ## Does it hold while I watch?
 #
-# Three of them, on one seed: plain cross-entropy on CLIP's names; early-learning regularisation, which also moves its
-# targets towards what the student says; and tclip.
+# Three of them, on one seed: plain cross-entropy on CLIP's names; early-learning regularisation (ELR), which keeps
+# CLIP's names, but also a running mean of what the student says of each image, and holds it to that; and tclip.
+#
+# *Unlabeled* and *held out* say how many images the student names right, of those that it was trained on and of others;
+# *worst class* is the lowest such number of a single class, of the unlabeled images. *Labels*: how many of the labels
+# are right that a method ends with, where it changes them (of ELR, the running means). All in %.
 
 # %%
 live_config, live_task = config, task
@@ -95,7 +100,9 @@ takeaway(
 # ## Is one seed enough?
 #
 # No: a student that starts from other weights ends elsewhere. These are the kept results, with the mean and the
-# standard deviation over seeds. Only rows count that were made with the present settings of tclip.
+# standard deviation over seeds. Only rows count that were made with the present settings of tclip. (If there is none,
+# all are shown.) Where *seeds* says 1 nobody knows the spread yet. The seconds are wall time, and the machine had other
+# work beside.
 
 # %%
 rows = benchmark.read_rows(benchmark.RESULTS / "digits.csv")
@@ -181,8 +188,13 @@ takeaway(
 #
 # - tclip is told one thing that most others are not: that the classes are about equally frequent. The line *balanced
 #   labels* shows what that alone is worth to plain training; DivideMix uses it as well, in a penalty.
-# - The settings of tclip were chosen by their accuracy on these very digits. Those of the others come from papers on
-#   other images. A fair test needs data that nobody has tuned on.
+# - The settings of tclip were chosen by their accuracy on these very digits, and so was the schedule that all share.
+#   Those of the others come from papers on other images, with longer schedules and larger networks. A fair test needs
+#   data that nobody has tuned on.
+# - *SimCLR + CE* and *SupCon + CE* are cross-entropy and that loss added up, with equal weight. Their papers train the
+#   one after the other.
+# - Co-teaching is told in its paper how many labels are wrong. Here it believes the teacher's own doubt, which is far
+#   too small. Co-teaching and DivideMix also train two networks, and cost more.
 # - The teacher is sure of itself and wrong about whole groups of images, which suits the ensemble labels. In
 #   [results](results/README.md) you find images on which tclip was no better than its teacher.
 #
@@ -190,8 +202,8 @@ takeaway(
 #
 # ## How do I make the table again?
 #
-# This takes one to two hours on two CPU cores. It can be stopped and goes on where it was; a finished run is a row of
-# the file.
+# This takes one to two hours on a CPU with bfloat16, and several times as long on one without. It can be stopped and
+# goes on where it was; a finished run is a row of the file.
 #
 # ```
 # python tutorials/benchmark.py --suite digits --seeds 5
@@ -239,7 +251,7 @@ print(f"at a sustained 20 TFLOP/s that is {3 * views * forward / 20e12 / 60:.0f}
 # student, _ = baselines.train_with_loss(config, task.images, task.probs, MAE)
 # print(tclip.evaluate(student, task.images)["accuracy"])
 # ```
-# It is GCE with q = 1.
+# It is twice GCE with q = 1. That is hard to learn from: far from the label its gradient is small.
 # </details>
 #
 # **2.** How much of the gain survives if tclip is not told that classes are equally frequent?
@@ -250,6 +262,7 @@ print(f"at a sustained 20 TFLOP/s that is {3 * views * forward / 20e12 / 60:.0f}
 # student, labels = tclip.train(replace(config, class_prior="none"), task.images, task.probs)
 # print(tclip.evaluate(student, task.images)["accuracy"])
 # ```
+# One run is one seed: compare it with the spread in the table, and with what [results](results/README.md) says.
 # </details>
 
 # %%
