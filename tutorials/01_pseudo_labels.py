@@ -20,7 +20,8 @@
 #
 # You have images and the names of the classes, but no labels. CLIP, a network that has learned from pairs of an image
 # and a caption, can guess them. Its guesses are called *pseudo-labels*. This notebook shows how they are made and in
-# what way they are wrong. The next three show how a small network learns from them all the same.
+# what way they are wrong. The next three show how a small network learns from them all the same, and the fifth compares
+# that with other ways.
 #
 # You need to know PyTorch; no paper has to be read first. Everything runs offline on a CPU, on scikit-learn's
 # handwritten digits. The CLIP used here is a tiny one that has only ever seen *printed* digits (see
@@ -34,17 +35,18 @@
 
 # %%
 # Installs the package where it is missing, as on Colab. OWNER stands for the account that publishes the repository.
+import importlib
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/tclip"
-sys.path[:0] = ["..", "."]  # in a checkout tclip.py lies one folder up
+sys.path[:0] = ["..", ".", "tclip", "tclip/tutorials"]  # tclip.py lies one folder up, or in the clone made below
 try:
     import tclip
 except ImportError:
     subprocess.run(["git", "clone", "--depth", "1", REPOSITORY], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./tclip"], check=True)
-    sys.path[:0] = ["tclip", "tclip/tutorials"]
+    importlib.invalidate_caches()  # Python remembers that these folders were not there
     import tclip
 
 # %%
@@ -72,9 +74,8 @@ teacher = tclip.load_clip("offline")
 images = tclip.load_images("digits", teacher=teacher)
 N, C = len(images.pixels), len(images.classes)
 print("pixels  ", tuple(images.pixels.shape), images.pixels.dtype)
-print(
-    "features", tuple(images.features.shape), images.features.dtype, "rows of length", images.features[0].norm().item()
-)
+length = images.features[0].norm()
+print("features", tuple(images.features.shape), images.features.dtype, f"rows of length {length:.3f}")
 print("classes ", ", ".join(images.classes))
 show_images(images.pixels[:30], columns=15, side=0.6)
 plt.show()
@@ -132,7 +133,7 @@ takeaway(
 #
 # Cosines differ by little, and a softmax of them as they are would be nearly flat. Dividing by a small *temperature*
 # first spreads them out. CLIP learns this number in its training; `zero_shot_probs` uses the value at which OpenAI's
-# models ended. What would another one do?
+# models ended (and our tiny one was led to the same). What would another one do?
 
 # %%
 temperatures = torch.logspace(-3, 0, 31)
@@ -162,7 +163,8 @@ takeaway(
 #
 # A CLIP that was trained on captions from the web is choosy about wording, and without labels you cannot measure which
 # prompt is best. The mean of several is the cautious choice. Our tiny CLIP was trained on a short list of captions,
-# these among them, each as often as the others: how much does it care?
+# these among them, each as often as the others: how much does it care? (Dark: prompts that tclip uses. Light: others
+# that the tiny CLIP knows.)
 
 # %%
 single = {t: [t] for t in RECIPE.templates + ("a {}.", "a drawing of a {}.", "a blurry photo of the digit {}.")}
@@ -182,7 +184,8 @@ plt.show()
 *ones, together = accuracies.values()
 takeaway(
     f"alone, a prompt gives from {min(ones):.1%} to {max(ones):.1%} here; the mean of tclip's {len(RECIPE.templates)} "
-    f"gives {together:.1%}. The mean takes the choice off your hands; do not expect wonders from it."
+    f"gives {together:.1%}. A CLIP that met all captions equally often does not care. For one that does, the mean "
+    "takes the choice off your hands."
 )
 
 # %% [markdown]
@@ -278,7 +281,8 @@ for part, color in zip(chosen.split(counts), (BLUE, RED)):
 # ## Does CLIP know when it is wrong?
 #
 # If it did, one could keep its confident names and drop the others. The *reliability diagram* sorts images by
-# confidence and compares it with how many are right. On the diagonal, confidence means what it says.
+# confidence into bins and compares it, bin by bin, with how many are right. On the diagonal, confidence means what it
+# says. The mean distance from it, over all images, is called the *expected calibration error*.
 
 # %%
 confident = probs.max(1).values
@@ -302,8 +306,8 @@ sizes = torch.bincount(bins, minlength=10)[filled] / N
 gap = sum(s * abs(c - h) for s, c, h in zip(sizes.tolist(), centre, height))
 limit = 0.9
 takeaway(
-    f"CLIP is {confident.mean():.0%} sure on average, and {right.float().mean():.0%} right; in the mean over the bins "
-    f"the two differ by {gap:.0%}. Of the names it gives with more than {limit:.0%} confidence "
+    f"CLIP is {confident.mean():.0%} sure on average, and {right.float().mean():.0%} right: an expected calibration "
+    f"error of {100 * gap:.0f} points. Of the names it gives with more than {limit:.0%} confidence "
     f"{(~right)[confident > limit].float().mean():.0%} are wrong."
 )
 
@@ -327,7 +331,7 @@ for c, color, line in ((best_class, GREEN, "--"), (worst, RED, ":")):
     found = (right & (images.truth == c))[order].cumsum(0) / (images.truth == c).sum()
     label = f"of {images.classes[c]}: kept, with the right name"
     ax.plot(100 * kept, [100 * found[int(k * N) - 1] for k in kept], color=color, ls=line, lw=2, label=label)
-ax.set(xlabel="images kept, the most confident first, in %", ylabel="%", ylim=(0, 102))
+ax.set(xlabel="images kept, the most confident first, in %", ylabel="share, in %", ylim=(0, 102))
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 half, of_worst = order[: N // 2], images.truth == worst
@@ -341,9 +345,10 @@ takeaway(
 # ## What do the sizes of the classes give away?
 #
 # If you know that all classes are about equally frequent, you can tell without any label that something is wrong: count
-# the names. [`balance`](../tclip.py) finds the soft labels nearest to CLIP's in which each class gets (nearly) its
-# equal share. tclip starts from those, unless you say `--class-prior none`. It is a prior, and only helps where it is
-# about true.
+# the names. [`balance`](../tclip.py) finds the soft labels nearest to CLIP's (in the sense of relative entropy) in
+# which each class gets (nearly) its equal share. On the digits, and on other data sets of the table `DATASETS` that are
+# about even, tclip starts from those (`--class-prior uniform`); for a folder of your own it does so only if you say so.
+# It is a prior, and only helps where it is about true.
 
 # %%
 balanced = tclip.balance(probs)
@@ -407,8 +412,8 @@ print(
 # print(answer["accuracy"], dict(zip(images.classes, answer["per_class"])))
 # ```
 # The name of a class is a setting like any other. This CLIP has met both kinds, about equally often, so that little
-# changes; a CLIP from the web may know one of two names far better, which is why `DATASETS` has names that differ from
-# those of the data set's folders.
+# changes, and the same class is worst; a CLIP from the web may know one of two names far better, which is why
+# `DATASETS` has names that differ from those of the data set's folders.
 # </details>
 #
 # **2.** Invent a prompt for the offline CLIP, say "a sketch of a {}." What happens, and why is that better than an

@@ -20,8 +20,8 @@
 #
 # Cross-entropy believes its labels. A contrastive loss can do without any: it asks of the student that two views of the
 # same image look alike to it, and other images different. The *class-conditional* contrastive loss (C3L) lies between:
-# it uses the labels, but only as far as they can be relied on. This notebook takes it apart, with toy points in the
-# plane.
+# it uses the labels, but only as far as they are sure, and by default never to pull. This notebook takes it apart, with
+# toy points in the plane.
 #
 # In [tclip.py](../tclip.py) it is one short function: `class_conditional_contrastive_loss`.
 #
@@ -30,17 +30,18 @@
 
 # %%
 # Installs the package where it is missing, as on Colab. OWNER stands for the account that publishes the repository.
+import importlib
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/tclip"
-sys.path[:0] = ["..", "."]  # in a checkout tclip.py lies one folder up
+sys.path[:0] = ["..", ".", "tclip", "tclip/tutorials"]  # tclip.py lies one folder up, or in the clone made below
 try:
     import tclip
 except ImportError:
     subprocess.run(["git", "clone", "--depth", "1", REPOSITORY], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./tclip"], check=True)
-    sys.path[:0] = ["tclip", "tclip/tutorials"]
+    importlib.invalidate_caches()  # Python remembers that these folders were not there
     import tclip
 
 # %%
@@ -88,16 +89,18 @@ takeaway(
 # %% [markdown]
 # ## How do labels get in?
 #
-# SimCLR pushes every other image away, also one of the same class. *SupCon* (supervised contrast) uses labels against
-# that: every row of the same class is a positive, and is pulled. If labels are wrong, so are its pulls.
+# SimCLR (Chen et al. 2020) pushes every other image away, also one of the same class. *SupCon* (supervised contrast,
+# Khosla et al. 2020) uses labels against that: every row of the same class is a positive, and is pulled. If labels are
+# wrong, so are its pulls.
 #
-# All these are one formula with two sets of weights. $w$ says what is pulled, and $v$ what is pushed:
+# Both, and more, are one formula with two sets of weights. $w$ says what is pulled, and $v$ what is pushed; $j$ and $k$
+# run over all rows but $i$:
 #
 # $$L_i = -\sum_j \frac{w_{ij}}{\sum_j w_{ij}} \log\frac{\exp s_{ij}}{\sum_{k} v_{ik}\exp s_{ik}}$$
 #
 # The other view always counts fully, $w_{ii^+} = v_{ii^+} = 1$. For the rest, both sets depend on one number for each
 # pair, the *class agreement* $a_{ij} = \langle T_i, T_j\rangle$. If $T_i$ and $T_j$ are the probabilities of the
-# classes of two images, this is the chance that both are of the same class.
+# classes of two images, this is the chance that both are of the same class, if one tells nothing about the other.
 #
 # | `positives` | `negatives` | $w_{ij}$ | $v_{ik}$ | in words |
 # |---|---|---|---|---|
@@ -136,7 +139,7 @@ takeaway(
 #
 # So everything hangs on the matrix of agreements. Here it is for some digits, sorted by their true class: as it should
 # be, and as CLIP's pseudo-labels of [notebook 1](01_pseudo_labels.ipynb) make it, hard (the best name only), as they
-# are, and balanced, which is what training starts from.
+# are, and balanced, which is what training on the digits starts from.
 
 # %%
 teacher = tclip.load_clip("offline")
@@ -183,7 +186,8 @@ takeaway(
 # sum over the other rows, each of which pulls or pushes along its own direction; and as long as these directions are
 # independent, the sum can be taken apart by solving a linear system. The vectors are drawn at random here, nearly at
 # right angles to each other, so that what you see comes from the weights alone. There are three classes of four images,
-# and the labels are right. (Colours show the root of a force, so that weak ones can be seen as well.)
+# and the labels are right. (Colours show the root of a force, so that weak ones can be seen as well, and each panel has
+# its own scale: compare within a panel, not between two.)
 
 # %%
 size, members = 3, 4
@@ -218,8 +222,9 @@ takeaway(
 #
 # Now a student with an embedding in the plane. A vector of length one is then a point on a circle, and can only move
 # along it. Six images, two views each; three images are of class A (circles) and three of class B (squares), and the
-# groups have begun to part. An arrow shows where a small step of gradient descent would take a point. In the lower row
-# one image of class A carries the label B: its two views have a red ring. All else is the same.
+# groups have begun to part. An arrow shows which way a small step of gradient descent would take a point; the longer,
+# the farther. In the lower row one image of class A carries the label B: its two views have a red ring. All else is the
+# same.
 
 # %%
 angles = torch.tensor([20.0, 55.0, 80.0, 120.0, 150.0, 190.0])  # A A A B B B
@@ -242,7 +247,7 @@ def force(turn, targets, choice, temperature=0.5):
     return -turn.grad
 
 
-def draw(ax, turn, targets, choice, temperature=0.5, wrong=False, scale=1.0, reach=(-0.6, 1.7)):
+def draw(ax, turn, targets, choice, temperature=0.5, wrong=False, scale=1.0, reach=(-0.9, 1.6)):
     """The points on the circle, the forces on them outside of it, and a red ring around those with the wrong label."""
     ax.add_patch(plt.Circle((0, 0), 1, fill=False, color="lightgray", zorder=0))
     x, y = turn.cos(), turn.sin()
@@ -262,7 +267,7 @@ def draw(ax, turn, targets, choice, temperature=0.5, wrong=False, scale=1.0, rea
         side.set_visible(False)
 
 
-figure, axes = plt.subplots(2, 5, figsize=(14, 4.3))
+figure, axes = plt.subplots(2, 5, figsize=(14, 4.7))
 for column, choice in zip(axes.T, CHOICES):
     draw(column[0], turn, labels_with(0), choice)
     draw(column[1], turn, labels_with(1), choice, wrong=True)
@@ -289,7 +294,8 @@ takeaway(
 # ## Why does a wrong label hurt, and where does it hurt less?
 #
 # The numbers above, with all in between: let the label of that one image go over from A to B bit by bit. A label on
-# which CLIP is undecided lies in the middle.
+# which CLIP is undecided lies in the middle. (How much it takes to turn the force depends on where the points lie. The
+# order of the choices is what to look at.)
 
 # %%
 shares = torch.linspace(0, 1, 21)
@@ -321,9 +327,9 @@ takeaway(
 # ## Where do the points end up?
 #
 # Let the points go on, each by small steps along its force: in the upper row with an undecided label, half and half, in
-# the lower one with a label that is entirely wrong. The lines are the ways of the points, from the outside in. (In a
-# student they are not free: all are the output of one network, to which images that look alike are alike, and there is
-# room for more than a circle has. So take it as a cartoon.)
+# the lower one with a label that is entirely wrong. The lines are the ways of the points, from the outside in; red is
+# the image with that label. (In a student they are not free: all are the output of one network, to which images that
+# look alike are alike, and there is room for more than a circle has. So take it as a cartoon.)
 
 
 # %%
@@ -405,8 +411,8 @@ top = {t: share[cosine > CLOSE - 1e-4].sum().item() for t, share in push_share.i
 takeaway(
     f"the share of the push that comes from others at a cosine of {CLOSE} or more is "
     + ", ".join(f"{share:.0%} at temperature {t}" for t, share in top.items())
-    + ". The most similar others are the likeliest classmates, so a low temperature makes it matter more that they "
-    "are left alone."
+    + ". Where the most similar others are classmates, a low temperature makes it matter more that they are left "
+    "alone."
 )
 
 # %% [markdown]
@@ -419,9 +425,10 @@ takeaway(
 # * `.repeat(2, 2)`: the labels are of images, the rows are views. Both views of an image have its label.
 # * `s + v.log()`: a weight inside a sum of exponentials is the addition of its logarithm in front of it. A weight of
 #   zero becomes minus infinity, and drops out.
-# * `logsumexp`: the same as log, sum and exp one after the other, without overflow at low temperatures.
+# * `logsumexp`: the same as exp, sum and log one after the other, without overflow at low temperatures.
 # * `logaddexp(denominator, s + (1 - v).log())`: raises $v_{ij}$ to one in the term of $j$ itself.
 # * `autocast(enabled=False)` and `.float()`: exponentials need the digits that bfloat16 lacks.
+# * `(s - denominator).masked_fill(own, 0)`: the diagonal is minus infinity, and zero times infinity is not a number.
 # * `w` always holds the other view. So no row is ever without a positive, and no division by zero can happen.
 #
 # **Take-away: two tables of weights, one masked softmax, and a few lines against infinities.**
@@ -433,9 +440,13 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# `draw(ax, turn, labels_with(0.5), ("instance", "same"))`. Here labels decide who is *pushed*: with the label A the
-# image and its own classmates push each other, with B it and the others, and with half and half it and all of them, at
-# half the weight.
+# ```python
+# figure, axes = plt.subplots(1, 3, figsize=(9, 2.6))
+# for ax, share in zip(axes, (0, 0.5, 1)):
+#     draw(ax, turn, labels_with(share), ("instance", "same"), wrong=share > 0)
+# ```
+# Here labels decide who is *pushed*: with the label A the image and its own classmates push each other, with B it and
+# the others, and with half and half it and all of them, at half the weight.
 # </details>
 #
 # **2.** Take one image out of its group and place it among the other class (change `angles`), with its right label.
@@ -443,10 +454,11 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# Try `angles = torch.tensor([20.0, 140.0, 80.0, 120.0, 150.0, 190.0])`. Those that pull classmates bring it back
-# directly, and so does instance + other: it is pushed off by the class it lies in, from both sides, and goes where the
-# stronger side pushes it. With SimCLR it has no reason to go home: nobody told it where that is. With instance + same
-# it is let alone where it is, for cross-entropy to mend.
+# Try `angles = torch.tensor([20.0, 140.0, 80.0, 120.0, 150.0, 190.0])`, run the cells below it anew, and look at
+# `settle(labels_with(0), choice)`. Those that pull classmates bring it back directly, and so does instance + other: it
+# is pushed off by the class it lies in, from both sides, and goes where the stronger side pushes it (from 170 degrees
+# the long way round). With SimCLR it has no reason to go home: nobody told it where that is. With instance + same its
+# own classmates push it farther off, and the parting of the classes is left to cross-entropy.
 # </details>
 #
 # **3.** Which choice is best for training? Ask the student: `python tclip.py --positives class --negatives all --out
