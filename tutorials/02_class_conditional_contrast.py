@@ -327,9 +327,9 @@ takeaway(
 # ## Where do the points end up?
 #
 # Let the points go on, each by small steps along its force: in the upper row with an undecided label, half and half, in
-# the lower one with a label that is entirely wrong. The lines are the ways of the points, from the outside in; red is
-# the image with that label. (In a student they are not free: all are the output of one network, to which images that
-# look alike are alike, and there is room for more than a circle has. So take it as a cartoon.)
+# the lower one with a label that is entirely wrong. The lines are the ways of the points, from the outside in; red and
+# broken for the image with that label. (In a student they are not free: all are the output of one network, to which
+# images that look alike are alike, and there is room for more than a circle has. So take it as a cartoon.)
 
 
 # %%
@@ -355,8 +355,8 @@ for column, choice in zip(axes.T, CHOICES):
         path = settle(labels_with(share), choice)
         radius = torch.linspace(1.6, 1.08, len(path))
         for i, way in enumerate(path.T):
-            color = RED if i % 6 == WRONG else ORANGE if is_b[i % 6] else SKY
-            ax.plot(radius * way.cos(), radius * way.sin(), color=color, lw=1.2)
+            color, line = (RED, "--") if i % 6 == WRONG else (ORANGE if is_b[i % 6] else SKY, "-")
+            ax.plot(radius * way.cos(), radius * way.sin(), color=color, ls=line, lw=1.2)
         draw(ax, path[-1], labels_with(share), choice, wrong=True, scale=0, reach=(-1.7, 1.7))
 for ax, label in zip(axes[:, 0], ("undecided label", "wrong label")):
     ax.set_ylabel(label)
