@@ -292,7 +292,7 @@ class EnsembleLabels:
 
 VIEWS = {  # keyword arguments of augment()
     "photo": dict(area=(0.3, 1.0), flip=0.5, jitter=0.4, gray=0.2),
-    "overhead": dict(area=(0.3, 1.0), flip=0.5, rotate=180, jitter=0.4),  # no up or down seen from above
+    "overhead": dict(area=(0.5, 1.0), flip=0.5, rotate=180, jitter=0.2),  # no up or down seen from above; colour tells
     "street": dict(area=(0.5, 1.0), rotate=10, jitter=0.4, gray=0.2),  # writing in photos has no mirror image
     "writing": dict(area=(0.6, 1.3), rotate=15, jitter=0.3, padding="zeros"),  # white on black
 }
@@ -380,7 +380,7 @@ class Student(nn.Module):
     """The network that is trained: forward(x) -> logits (B, C) and unit embeddings (B, embedding_dim).
 
     x: float (B, 3, H, W) in [0, 1]; normalisation is inside. arch: "resnet8" (0.3 M parameters: one basic block at
-    each of 32, 64 and 128 channels, for small simple images) or any resnet of torchvision. Below 65 px (`size`) those
+    each of 32, 64 and 128 channels, for few or simple images) or any resnet of torchvision. Below 65 px (`size`) those
     get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool. UserError: unknown arch.
     """
 
@@ -388,7 +388,7 @@ class Student(nn.Module):
         super().__init__()
         self.size = size
         if arch == "resnet8":
-            self.backbone, width = resnet8(), 128
+            self.backbone, width = resnet8(size), 128
         else:
             import torchvision  # takes seconds; `import tclip` alone does not
 
@@ -410,11 +410,16 @@ class Student(nn.Module):
         return self.classifier(h), F.normalize(self.projector(h).float(), dim=1)
 
 
-def resnet8():
-    """Features (B, 128) by a ResNet of three basic blocks (He et al. 2016, section 4.2, n = 1, twice the width)."""
+def resnet8(size):
+    """Features (B, 128) by a ResNet of three basic blocks (He et al. 2016, section 4.2, n = 1, twice the width).
+
+    From 32 px on its first convolution halves the image: 32 pixels then cost what 16 do.
+    """
     from torchvision.models.resnet import BasicBlock, conv1x1
 
-    layers = [nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
+    kernel, stride, padding = (6, 2, 2) if size >= 32 else (3, 1, 1)
+    stem = nn.Conv2d(3, 32, kernel, stride, padding, bias=False)
+    layers = [stem, nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
     for width in (32, 64):
         shortcut = nn.Sequential(conv1x1(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width))
         layers.append(BasicBlock(width, 2 * width, stride=2, downsample=shortcut))

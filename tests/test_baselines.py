@@ -712,9 +712,31 @@ def test_cifar10_mistakes(cifar10):
 @pytest.mark.parametrize("dataset, teacher", [("cifar10", None), ("eurosat", "clip"), ("digits", None)])
 def test_clip_is_asked(tmp_path, monkeypatch, task, dataset, teacher):
     """CLIP is the teacher where there is no annotator's file, and where it is asked for."""
-    monkeypatch.setattr(benchmark, "named_by_clip", lambda config: replace(task, teacher=config.clip))
+    monkeypatch.setattr(benchmark, "named_by_clip", lambda config, count: replace(task, teacher=config.clip))
     config = complete(Config(dataset, root=str(tmp_path)))
     assert benchmark.load_task(config, teacher, 3).teacher == tclip.DATASETS[dataset].clip
+
+
+def test_mnist_without_its_margin(monkeypatch):
+    """Of MNIST, the offline CLIP and the student see the middle 20 x 20 pixels; the choice repeats."""
+    generator = np.random.default_rng(0)
+    arrays = generator.integers(0, 256, (30, 28, 28), dtype="uint8")
+    digits = [(Image.fromarray(array), i % 10) for i, array in enumerate(arrays)]
+    classes = [str(i) for i in range(10)]
+    monkeypatch.setattr(tclip, "open_dataset", lambda dataset, root, split="train": (digits, classes))
+    config = complete(Config("mnist", size=20, arch="resnet8", clip="offline"))
+    task, again = (benchmark.load_task(config, count=12) for _ in range(2))
+    middles = torch.from_numpy(arrays[:, 4:24, 4:24])
+    taken = [next(i for i, m in enumerate(middles) if torch.equal(m, image[0])) for image in task.images.pixels]
+    assert len(set(taken)) == 12 and taken == sorted(taken) and taken != list(range(12))
+    assert [i % 10 for i in taken] == task.images.truth.tolist()
+    assert torch.equal(task.images.pixels, again.images.pixels) and torch.equal(task.probs, again.probs)
+    assert torch.equal(task.heldout.pixels[:, 0], middles)  # all of them
+    teacher = tclip.load_clip("offline")
+    views = torch.stack([teacher.prepare(Image.fromarray(np.ascontiguousarray(m.numpy()))) for m in middles])
+    prompts = tclip.text_classifier(teacher, classes, tclip.DATASETS["mnist"].templates)
+    expected = tclip.zero_shot_probs(teacher.encode_images(views), prompts)
+    assert torch.allclose(task.heldout_probs, expected, atol=1e-5)
 
 
 EUROSAT_FOLDERS = (

@@ -28,19 +28,26 @@ def test_size_of_resnet8():
     assert [block.conv2.out_channels for block in blocks] == [32, 64, 128]
 
 
-@pytest.mark.parametrize("size", [8, 16, 32])
-def test_resnet8_takes_small_images(size):
-    student = Student("resnet8", 3, size).eval()
-    assert student(torch.rand(2, 3, size, size))[0].shape == (2, 3)
+def side_of_first_stage(student, stage, size):
+    """How large what the first stage is given is, for an image of `size` pixels a side."""
+    seen = []
+    stage.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
+    assert student(torch.rand(2, 3, size, size))[0].shape == (2, 10)
+    return seen[0]
+
+
+@pytest.mark.parametrize("size, share", [(8, 1), (16, 1), (31, 1), (32, 2), (33, 2), (64, 2)])
+def test_stem_of_resnet8(size, share):
+    """The first block sees every pixel of small images, and half of each side from 32 px on."""
+    student = Student("resnet8", 10, size).eval()
+    assert side_of_first_stage(student, student.backbone[3], size) == size // share
 
 
 @pytest.mark.parametrize("size, share", [(32, 1), (64, 1), (65, 4), (96, 4)])
 def test_stem(size, share):
     """Up to 64 px the first stage sees every pixel; above, torchvision's stem leaves a quarter of each side."""
-    student, seen = Student("resnet18", 10, size).eval(), []
-    student.backbone.layer1.register_forward_hook(lambda module, args, output: seen.append(output.shape[-1]))
-    student(torch.rand(1, 3, size, size))
-    assert seen == [-(-size // share)]
+    student = Student("resnet18", 10, size).eval()
+    assert side_of_first_stage(student, student.backbone.layer1, size) == -(-size // share)
     assert isinstance(student.backbone.fc, nn.Identity)
 
 
