@@ -61,8 +61,8 @@ def test_imports_are_declared(pyproject):
 
 
 def test_module_is_packed(pyproject):
-    """The wheel holds tclip.py, the command `tclip` is its main(), and the offline CLIP is packed or beside it."""
-    assert "tclip" in pyproject["tool"]["setuptools"]["py-modules"]
+    """The wheel holds each module, the command `tclip` is tclip.main(), the offline CLIP is packed or beside it."""
+    assert set(pyproject["tool"]["setuptools"]["py-modules"]) == {file.stem for file in ROOT.glob("*.py")}
     assert pyproject["project"]["scripts"]["tclip"] == "tclip:main" and callable(tclip.main)
     packed = [file for files in pyproject["tool"]["setuptools"].get("data-files", {}).values() for file in files]
     assert all((ROOT / file).is_file() for file in packed) and tclip.OFFLINE_CLIP.is_file()
