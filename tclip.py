@@ -7,6 +7,7 @@ and to need no CLIP any more.
     python tclip.py                                # handwritten digits: offline, a minute or less on a CPU
     python tclip.py --dataset cifar10              # CIFAR-10 named by OpenAI's CLIP ViT-B/32, for a GPU
     python tclip.py --images photos --classes "cat,dog,neither"        # a folder of your own
+    torchrun --nproc_per_node=8 tclip.py --dataset cifar10             # the same on eight GPUs
     python tclip.py --resume runs/photos           # go on where a run was interrupted
     python tclip.py --predict more --model runs/photos/model.pt        # use the student: no CLIP any more
     python tclip.py --help                         # all settings
@@ -15,9 +16,9 @@ Method: Huang, Chen, Yang, Xie, Pu, Zhuang, "Transductive CLIP with Class-Condit
 ICASSP 2022, arXiv 2206.06177. The equations, weights and schedule are our reading of it: see README.md.
 
 The method: settings / pseudo-labels / class-conditional contrastive loss / ensemble labels / augmentation / student /
-training / prediction and evaluation. Around it: images / teachers / files / command line. text_classifier,
-zero_shot_probs, class_conditional_contrastive_loss and EnsembleLabels (with balance and neighbour_mean) need torch and
-nothing else of this file: copy them out alone.
+several devices / training / prediction and evaluation. Around it: images / teachers / files / command line.
+text_classifier, zero_shot_probs, class_conditional_contrastive_loss and EnsembleLabels (with the four functions above
+it) need torch and nothing else of this file: copy them out alone.
 """
 
 import argparse
@@ -39,12 +40,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -196,34 +199,67 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="i
 # ======================================================================================================================
 
 
+def each_rank(x):
+    """x of rank 0, of rank 1, ..., where several processes train one student; x alone where one does.
+
+    x: (n, ...), without gradient; n may differ from rank to rank. See "Several devices"; not needed on first reading.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield x
+        return
+    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    for source, n in enumerate(sizes):
+        own = source == torch.distributed.get_rank()
+        rows = x.contiguous() if own else x.new_empty(int(n), *x.shape[1:])
+        torch.distributed.broadcast(rows, source)
+        yield rows
+
+
+def mean_row(x):
+    """Mean of the rows of x (n, ...), of all ranks, in float32: (...)."""
+    total = sum(each_rank(x.sum(0, keepdim=True, dtype=torch.float32)))[0]
+    return total / sum(each_rank(torch.tensor([len(x)], device=x.device)))[0]
+
+
 def neighbour_mean(embeddings, values, k, pool=50_000):
-    """Mean of `values` over the k nearest images by cosine: (N, C) -> (N, C).
+    """Mean of `values` over the k nearest images by cosine: (N, C) -> (N, C) of the same type.
 
     embeddings: (N, D) unit rows. Up to `pool` images, an image is among its own neighbours; beyond, the neighbours are
     sought among so many random images, which keeps the cost per image flat as N grows.
     """
-    members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
-    bank, k = embeddings[members].T, min(k, len(members))
-    nearby = members[torch.cat([(rows @ bank).topk(k).indices for rows in embeddings.split(256)])]  # (N, k)
-    total = torch.zeros_like(values)
-    for column in nearby.T:  # not values[nearby].mean(1), whose (N, k, C) numbers would be gigabytes
-        total += values[column]
-    return total / k
+    everyone = sum(each_rank(torch.tensor([len(values)], device=values.device))).item()
+    share = pool * len(values) // everyone  # of the pool
+    members = torch.randperm(len(values), device=values.device)[:share]
+    bank = torch.cat([*each_rank(embeddings[members])]).T  # (D, pool)
+    named = torch.cat([*each_rank(values[members])]).float()  # (pool, C)
+    means = []
+    for rows in embeddings.split(256):  # a block at a time: N x k x C numbers would be gigabytes
+        nearest = (rows @ bank).topk(min(k, len(named))).indices  # (256, k)
+        means.append(F.embedding_bag(nearest, named, mode="mean").to(values.dtype))
+    return torch.cat(means)
 
 
-def balance(probs, iterations=20):
-    """The nearest soft labels in which the classes are (nearly) equally frequent: (N, C) -> float32 (N, C).
+def balance(probs, sharpness=1.0, iterations=20):
+    """The nearest soft labels in which the classes are (nearly) equally frequent: (N, C) -> (N, C) of the same type.
 
-    A teacher that hardly ever says "seven" means seven more often than it says so. Columns are scaled to N / C and
-    rows to 1 in turn: Sinkhorn and Knopp's optimal transport from images to equally large classes, as in
-    self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020); rows end on the simplex. It reads no truth, but it
+    A teacher that hardly ever says "seven" means seven more often than it says so. Each class is given a weight, such
+    that its column sums to N / C when the rows sum to 1: Sinkhorn and Knopp's optimal transport from images to equally
+    large classes, as in self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020). It reads no truth, but it
     assumes that the classes are about equally frequent: where they are not, leave it out.
+
+    probs are raised to the power `sharpness` first. With no iterations, rows are made to sum to 1 and that is all.
     """
-    q = probs.float().clamp_min(1e-12)  # zero would stay zero for ever
+
+    def blocks():  # of rows, in float32: a copy of the whole would be gigabytes
+        for p in probs.split(2_000):
+            yield p.float().pow(sharpness).clamp_min_(1e-12)  # zero would stay zero for ever
+
+    weights = torch.ones(probs.shape[1], device=probs.device)
     for _ in range(iterations):
-        q = q / q.mean(0)  # columns to one size; the next line makes it N / C
-        q = q / q.sum(1, keepdim=True)
-    return q
+        columns = sum(p.T @ (1 / (p @ weights)) for p in blocks())  # (C,), sums over rows less the class's own weight
+        weights = F.normalize(1 / sum(each_rank(columns)), p=1, dim=0)
+    return torch.cat([(p * weights / (p @ weights)[:, None]).to(probs.dtype) for p in blocks()])
 
 
 class EnsembleLabels:
@@ -245,42 +281,45 @@ class EnsembleLabels:
     teacher keeps a share, as the given labels do in label propagation (Zhou et al. 2004).
 
     probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: q is
-    raised to this power. `table` is T, float32 (N, C), rows on the simplex; `trust` is w of the last epoch.
+    raised to this power. `table` is T, (N, C), rows on the simplex; `trust` is w of the last epoch.
+
+    Kept are three tables, `start` (T0), `table` and `predictions`, in float16: 6 N C bytes, 6 GB for a million images
+    and 1000 classes, and for the moment of end_epoch() 4 N C more. That keeps a probability to 1 / 2000 of itself.
     """
 
     def __init__(self, probs, momentum=0.5, neighbours=20, sharpness=2.0, balanced=True):
         self.momentum, self.neighbours, self.sharpness, self.balanced = momentum, neighbours, sharpness, balanced
-        self.start = balance(probs) if balanced else probs.float()  # T0
+        self.start = (balance(probs) if balanced else probs).half()  # T0
         self.table, self.trust = self.start.clone(), 0.0
         self.predictions = torch.zeros_like(self.table)  # sums over this epoch's views
         self.embeddings = None
 
     def targets(self, index):
-        """Present labels (B, C) of the images `index`, int64 (B,)."""
-        return self.table[index]
+        """Present labels, float32 (B, C), of the images `index`, int64 (B,)."""
+        return self.table[index].float()
 
     def record(self, index, probs, embeddings):
         """Add predictions (B, C) and unit embeddings (B, D) for one view of each of the images `index`, int64 (B,)."""
         if self.embeddings is None:
-            self.embeddings = self.table.new_zeros(len(self.table), embeddings.shape[1])
-        self.predictions.index_add_(0, index, probs.detach().float())
+            self.embeddings = torch.zeros(len(self.table), embeddings.shape[1], device=self.table.device)
+        self.predictions.index_add_(0, index, probs.detach().half())
         self.embeddings.index_add_(0, index, embeddings.detach().float())
 
     def end_epoch(self):
         """Mix what was recorded into T. Images that were not seen keep their label."""
-        views = self.predictions.sum(1)  # how many of each image: predictions sum to 1
-        seen = views > 0
-        if seen.any() and self.momentum < 1:
-            q = self.predictions[seen] / views[seen, None]
+        if self.embeddings is not None and self.momentum < 1:
+            views = self.predictions.sum(1, dtype=torch.float32)  # how many of each image: predictions sum to 1
+            seen = views.nonzero().flatten()
+            q = self.predictions[seen].div_(views[seen, None])
             if self.neighbours:
                 q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
             # One trust for all, not image by image: what is named wrongly lies in mixed neighbourhoods.
-            agree, chance = q.square().sum(1).mean(), q.mean(0).square().sum()
+            agree, chance = mean_row(q.norm(dim=1, dtype=torch.float32).square()), mean_row(q).square().sum()
             self.trust = ((agree - chance) / (1 - chance).clamp_min(1e-6)).clamp(0, 1).item()
-            q = q**self.sharpness
-            q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
-            q = torch.lerp(self.start[seen], q, self.trust)
-            self.table[seen] = torch.lerp(q, self.table[seen], self.momentum)
+            q = balance(q, self.sharpness, iterations=20 if self.balanced else 0)
+            for rows, said in zip(seen.split(2_000), q.split(2_000)):
+                said = torch.lerp(self.start[rows].float(), said.float(), self.trust)
+                self.table[rows] = torch.lerp(said, self.table[rows].float(), self.momentum).half()
         self.predictions.zero_()
         self.embeddings = None
 
@@ -427,6 +466,123 @@ def resnet8(size):
 
 
 # ======================================================================================================================
+# Several devices: torchrun starts this program once for each, as rank 0, 1, ..., W - 1. Each rank has a copy of the
+# student, every W-th image and its labels. In a step they exchange gradients and what the contrastive loss compares;
+# after an epoch, the little that the labels need of each other (each_rank above). Rank 0 alone speaks and writes.
+# Where one process runs, all of this does nothing: skip it on first reading.
+# ======================================================================================================================
+
+
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
+
+
+def ranks():
+    """How many processes train the student together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process; 0 where it is alone."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+@contextmanager
+def joined_ranks(device):
+    """Within it, the processes that torchrun has started work together: one GPU each, or CPUs.
+
+    UserError: there are fewer GPUs than processes on this machine, or it is another kind of device.
+    """
+    if not LAUNCHED:
+        yield
+        return
+    if device.type == "cuda":
+        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if gpu >= gpus:
+            raise UserError(f"torchrun needs a GPU for each process, and there are {gpus}: --nproc_per_node={gpus}")
+        torch.cuda.set_device(gpu)
+    elif device.type != "cpu":
+        raise UserError(f"torchrun needs --device cuda or cpu, not {device.type}")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # one may be at a download
+    dist.barrier()  # nobody writes before all have looked into the folder of the results
+    yield
+    dist.destroy_process_group()
+
+
+def stops_first():
+    """Whether this process is the first to stop. It has to say why; the others only stop because it is gone."""
+    if not LAUNCHED:
+        return True
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store.add("stopped", 1) == 1
+
+
+@contextmanager
+def first_alone():
+    """Let the first process of each machine do what follows before the others do: a download, for one."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if ranks() > 1 and not first:
+        dist.barrier()
+    yield
+    if ranks() > 1 and first:
+        dist.barrier()
+
+
+def of_all_ranks(value):
+    """What each rank has for this plain value: a list in the order of the ranks."""
+    values = [value] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def collect(x):
+    """The rows of x (n, ...) of all ranks, rank 0's first, on the CPU of rank 0. Elsewhere None, and None of None."""
+    if x is None or ranks() == 1:
+        return x if x is None else x.cpu()
+    parts = [part.cpu() for part in each_rank(x) if rank() == 0]
+    return torch.cat(parts) if parts else None
+
+
+def whole_batch(z, targets):
+    """z (2B, D) and targets (B, C) of all ranks: (2WB, D) and (WB, C), where i and i + WB are the views of one image.
+
+    Of z, the rows of this rank alone carry a gradient. Every rank computes the one loss of the whole batch, and DDP
+    takes the mean of their gradients: W times the loss has the gradient of the whole.
+    """
+    if ranks() == 1:
+        return z, targets
+
+    def gather(x):
+        parts = [torch.empty_like(x) for _ in range(ranks())]
+        dist.all_gather(parts, x.contiguous())
+        return parts
+
+    parts = gather(z.detach())
+    parts[rank()] = z
+    first, second = zip(*(part.chunk(2) for part in parts))
+    return torch.cat(first + second), torch.cat(gather(targets))
+
+
+def data_parallel(student):
+    """The student as a model whose gradients are the mean over the ranks. On GPUs, BatchNorm takes the statistics of
+    the whole batch; on CPUs, for which torch has no SyncBatchNorm, each rank takes those of its own part."""
+    if ranks() == 1:
+        return student
+    if next(student.parameters()).is_cuda:
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+
+
+def average_statistics(student):
+    """Give all ranks the mean of their BatchNorms' running statistics, so that their students answer alike."""
+    for buffer in student.buffers() if ranks() > 1 else ():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= ranks()
+
+
+# ======================================================================================================================
 # Training
 # ======================================================================================================================
 
@@ -436,7 +592,7 @@ class Images:
     """Unlabeled images at the student's size, as one tensor.
 
     pixels   uint8 (N, 3, H, W), on any device, or a PixelFile
-    names    N strings: the path in the folder, or the position in the original data set
+    names    N distinct strings: the path in the folder, or the position in the original data set
     classes  C class names
     truth    int64 (N,), -1 where unknown, or None. Read by score() and evaluate() alone, never by train()
     features float (N, D), the teacher's unit image features, or None where no teacher was given
@@ -456,8 +612,11 @@ def train(config, images, probs, out=None, on_epoch=None):
     out         folder (Path) for checkpoint.pt and metrics.csv, written after each epoch. Where a checkpoint lies there
                 already, training goes on from it; on a CPU to the bit as if it had never stopped.
     on_epoch    called after each epoch with its row of metrics.csv (a dict), the student and the EnsembleLabels
-    Returns (student, labels). UserError: the loss is not finite; the checkpoint cannot be read.
+    Returns (student, labels). With several ranks, images, probs and labels are those of this rank.
+    UserError: the loss is not finite; the checkpoint cannot be read; the batch is smaller than the number of ranks.
     """
+    if config.batch_size < ranks():
+        raise UserError(f"--batch-size {config.batch_size} is less than one image for each of {ranks()} processes")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     student = Student(config.arch, len(images.classes), config.size).to(device, memory_format=torch.channels_last)
@@ -466,31 +625,24 @@ def train(config, images, probs, out=None, on_epoch=None):
     labels = EnsembleLabels(
         probs.to(device), config.label_momentum, config.label_neighbours, config.label_sharpness, balanced
     )
+    checkpoint = Checkpoint(config, images, out, student, optimizer, labels)
+    history = checkpoint.restore()
     pixels, first_labels = place(images.pixels, device), probs.argmax(1).to(device)
-    model = torch.compile(student) if config.compile else student
-    history = []
-    settings = asdict(replace(config, out=None, device="auto", cache="", no_cache=False, memory=0.0))
-    settings["images read"] = hashlib.blake2b("\0".join(images.names + images.classes).encode()).hexdigest()
-    checkpoint = out and out / "checkpoint.pt"
-    if checkpoint and checkpoint.exists():
-        state = read_tensors(checkpoint)
-        try:
-            if state["settings"] != settings:
-                raise ValueError("its settings or its images are others")
-            student.load_state_dict(state["student"])
-            optimizer.load_state_dict(state["optimizer"])
-            labels.start, labels.table = state["first_labels"].to(device), state["labels"].to(device)
-            history = state["history"]
-            labels.trust = history[-1]["trust"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{checkpoint} is of another run: {first_line(error)}") from error
+    model = data_parallel(student)
+    model = torch.compile(model) if config.compile else model
+    longest = max(of_all_ranks(len(pixels)))  # all ranks take equal steps
+    steps = math.ceil(longest / (config.batch_size // ranks()))  # an epoch
 
-    steps = math.ceil(len(pixels) / config.batch_size)  # an epoch
-    bar = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="student", unit="step", disable=None)
+    bar = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="student", unit="step", disable=quiet())
     for epoch in range(len(history), config.epochs):
         started = time.time()
-        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # the draws of an epoch depend on no earlier one
-        cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar)
+        # The draws of an epoch depend on no earlier one, and differ from rank to rank.
+        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1) + 15_485_863 * rank())
+        order = torch.randperm(len(pixels), device=pixels.device)
+        order = order[torch.arange(longest, device=pixels.device) % len(order)]  # a shorter one begins anew
+        batches = order.tensor_split(steps)
+        cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar)
+        average_statistics(student)
         labels.end_epoch()
         row = dict(
             epoch=epoch + 1,
@@ -498,7 +650,7 @@ def train(config, images, probs, out=None, on_epoch=None):
             cross_entropy=cross_entropy,
             c3l=c3l,
             lr=learning_rate(config, (epoch + 1) / config.epochs),
-            labels_changed=(labels.table.argmax(1) != first_labels).float().mean().item(),
+            labels_changed=mean_row((labels.table.argmax(1) != first_labels).float()).item(),
             trust=labels.trust,
             seconds=round(time.time() - started, 3),
         )
@@ -508,22 +660,20 @@ def train(config, images, probs, out=None, on_epoch=None):
         if on_epoch:
             on_epoch(row, student, labels)
         history.append(row)
-        if out:
-            state = dict(student=student.state_dict(), optimizer=optimizer.state_dict())
-            state.update(first_labels=labels.start, labels=labels.table)
-            state.update(history=history, settings=settings)
-            save_tensors(checkpoint, state)
-            write_csv(out / "metrics.csv", history)
+        checkpoint.save(history)
     bar.close()
     return student.eval(), labels
 
 
-def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
-    """One pass over the images. Returns the means of cross-entropy and C3L. No step waits for the device."""
+def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
+    """One pass over the batches, each int64 (B,). Returns the means of cross-entropy and C3L.
+
+    No step waits for the device.
+    """
     model.train()
-    device = labels.table.device
+    device, steps = labels.table.device, len(batches)
     losses = torch.zeros(2, device=device)
-    for step, index in enumerate(torch.randperm(len(pixels), device=pixels.device).tensor_split(steps)):
+    for step, index in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
         batch, index = pixels[index].to(device), index.to(device)  # uint8 (B, 3, H, W)
@@ -532,14 +682,56 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, steps, bar):
         with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
             logits, z = model(views.contiguous(memory_format=torch.channels_last))  # (2B, C), (2B, D)
         cross_entropy = F.cross_entropy(logits.float(), targets.repeat(2, 1))
-        c3l = class_conditional_contrastive_loss(z, targets, config.temperature, config.positives, config.negatives)
+        c3l = class_conditional_contrastive_loss(
+            *whole_batch(z, targets), config.temperature, config.positives, config.negatives
+        )
         optimizer.zero_grad()
-        (cross_entropy + config.c3l_weight * c3l).backward()
+        (cross_entropy + ranks() * config.c3l_weight * c3l).backward()
         optimizer.step()
         labels.record(index.repeat(2), logits.float().softmax(1), z)
         losses += torch.stack([cross_entropy, c3l]).detach() / steps
         bar.update()
-    return losses.tolist()
+    return mean_row(losses[None]).tolist()
+
+
+class Checkpoint:
+    """What a run needs to go on, in `out`/checkpoint.pt. By any number of ranks: labels go by the names of images."""
+
+    def __init__(self, config, images, out, student, optimizer, labels):
+        self.folder, self.student, self.optimizer, self.labels = out, student, optimizer, labels
+        self.own_names, self.names = images.names, sum(of_all_ranks(images.names), [])
+        self.settings = asdict(replace(config, out=None, device="auto", cache="", no_cache=False, memory=0.0))
+        read = "\0".join(sorted(self.names) + images.classes).encode()
+        self.settings["images read"] = hashlib.blake2b(read).hexdigest()
+
+    def restore(self):
+        """Put back what was saved, where something was. Returns the rows of metrics.csv up to then."""
+        file = self.folder and self.folder / "checkpoint.pt"
+        if not file or not file.exists():
+            return []
+        state = read_tensors(file)
+        try:
+            if state["settings"] != self.settings:
+                raise ValueError("its settings or its images are others")
+            self.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            row = {name: i for i, name in enumerate(state["names"])}
+            own, device = [row[name] for name in self.own_names], self.labels.table.device
+            self.labels.start, self.labels.table = (state[key][own].to(device) for key in ("first_labels", "labels"))
+            self.labels.trust = state["history"][-1]["trust"]
+            return state["history"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{file} is of another run: {first_line(error)}") from error
+
+    def save(self, history):
+        """Write checkpoint.pt, and metrics.csv with the rows `history`."""
+        if not self.folder:
+            return
+        state = dict(first_labels=collect(self.labels.start), labels=collect(self.labels.table), names=self.names)
+        state.update(student=self.student.state_dict(), optimizer=self.optimizer.state_dict())
+        if rank() == 0:
+            save_tensors(self.folder / "checkpoint.pt", state | dict(history=history, settings=self.settings))
+            write_csv(self.folder / "metrics.csv", history)
 
 
 def place(pixels, device):
@@ -897,6 +1089,33 @@ class PixelFile:
         return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
 
 
+def names_of(source):
+    """The name of each image of a data set: its own, or its position in the original data set."""
+    return getattr(source, "names", None) or [f"{i:05d}" for i in getattr(source, "indices", range(len(source)))]
+
+
+def share_of(source):
+    """Every W-th image of a data set: what this rank reads. UserError: there are fewer images than ranks."""
+    if ranks() == 1:
+        return source
+    if len(source) < ranks():
+        raise UserError(f"{len(source)} images are too few for {ranks()} processes")
+    share = torch.utils.data.Subset(source, range(rank(), len(source), ranks()))
+    share.names = names_of(source)[rank() :: ranks()]
+    return share
+
+
+class ReadAgain:
+    """Pixels of an ordered choice of images of a data set, read when they are asked for: few are, for the report."""
+
+    def __init__(self, source, rows, size):
+        self.source, self.rows, self.size = source, rows, size
+
+    def __getitem__(self, index):
+        """uint8 (n, 3, size, size) of the images at `index`, int64 (n,)."""
+        return torch.stack([square(self.source[self.rows[i]][0], self.size) for i in index.tolist()])
+
+
 def ignore_interrupts(worker):
     """Leave Ctrl-C to the main process: workers need not each print a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -909,17 +1128,18 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
     as features. strict: raise UserError at the first unreadable file. Beyond `memory` gigabytes the pixels go to a
     file in `folder`. Returns (pixels, names, truth, rows or None, the skipped as dicts of file and reason).
     """
-    names = getattr(source, "names", None) or [f"{i:05d}" for i in getattr(source, "indices", range(len(source)))]
+    names = names_of(source)
     shape = (len(source), 3, size, size)
     pixels = PixelFile(shape, folder) if math.prod(shape) > memory * 1e9 else torch.empty(shape, dtype=torch.uint8)
     squares = Squares(source, [partial(square, size=size)] + ([prepare] if prepare else []))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores, 16) if len(source) > 2000 else 0  # workers take seconds to start
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun: so many processes share them
+    workers = min(max(cores, 1), 16) if len(source) > 2000 else 0  # workers take seconds to start
     loader = torch.utils.data.DataLoader(
         squares, 128, num_workers=workers, collate_fn=Squares.collate, worker_init_fn=ignore_interrupts
     )
     left, kept, truth, rows, skipped = iter(names), [], [], [], []
-    bar = tqdm(total=len(source), desc=title, unit="image", disable=None)
+    bar = tqdm(total=len(source), desc=title, unit="image", disable=quiet())
     for views, labels, failed in loader:
         here = list(islice(left, len(labels)))
         bar.update(len(labels))
@@ -1243,7 +1463,13 @@ def as_user_error(message, *kinds, remedy=""):
 
 def tell(message):
     """A remark on the way, on stderr."""
-    tqdm.write(f"tclip: {message}", file=sys.stderr)
+    if rank() == 0:
+        tqdm.write(f"tclip: {message}", file=sys.stderr)
+
+
+def quiet():
+    """What tqdm calls `disable`: None, where somebody looks at a terminal; True on all ranks but the first."""
+    return True if rank() else None
 
 
 def write_whole(path, write):
@@ -1445,58 +1671,78 @@ def clip_annotator(config, classes, device):
 
 
 def run(config, resume=False):
-    """A whole run: images, pseudo-labels, training, evaluation; the results lie in config.out. Returns the summary."""
+    """A whole run: images, pseudo-labels, training, evaluation; the results lie in config.out.
+
+    Returns the summary; with several ranks, to the first of them. To the others, who write nothing, None.
+    """
     started, device = time.time(), pick_device(config.device)
     Student(config.arch, 2)  # an unknown arch is told before anything is downloaded
     classes, prepare, annotate = listed(config.classes, ","), None, None
     if config.pseudo_labels:
         files, classes, answers = read_pseudo_labels(config.pseudo_labels, classes)
-    unlabeled, heldout, classes = open_sources(config, classes)
-    if not config.pseudo_labels:
-        prepare, annotate = clip_annotator(config, classes, device)
+    with first_alone():
+        unlabeled, heldout, classes = open_sources(config, classes)
+        if not config.pseudo_labels:
+            prepare, annotate = clip_annotator(config, classes, device)
     out = make_folder(config.out)
-    if not resume:
+    if not resume and rank() == 0:
         write_json(out / "config.json", asdict(config))
 
     def read(source, title):
         strict = config.strict or not config.images
-        return read_images(source, config.size, prepare, annotate, strict, config.memory, out, title)
+        return read_images(share_of(source), config.size, prepare, annotate, strict, config.memory, out, title)
 
     pixels, names, truth, probs, skipped = read(unlabeled, "unlabeled images")
-    report_skipped(out, skipped, len(unlabeled))
+    row = {name: i for i, name in enumerate(names_of(unlabeled))}
+    named, skipped = of_all_ranks(names), sum(of_all_ranks(skipped), [])
+    skipped.sort(key=lambda failure: row[failure["file"]])
+    if rank() == 0:
+        report_skipped(out, skipped, len(unlabeled))
     if heldout:
         heldout_pixels, _, heldout_truth, heldout_probs, _ = read(heldout, "held-out images")
     prepare = annotate = None  # CLIP's memory
     if config.pseudo_labels:
-        probs = match(names, files, answers)
+        probs = match(sum(named, []), files, answers).split([len(part) for part in named])[rank()]
 
-    images = Images(pixels, names, classes, truth)
-    student, labels = train(config, images, probs, out)
+    student, labels = train(config, Images(pixels, names, classes, truth), probs, out)
 
-    student_probs, table = predict(student, pixels), labels.table.cpu()
+    results = [collect(x) for x in (probs, balance(probs), labels.table, predict(student, pixels), truth)]
+    if heldout:
+        heldout_results = [collect(x) for x in (heldout_probs, predict(student, heldout_pixels), heldout_truth)]
+    if rank() > 0:
+        return None
+    if ranks() > 1:  # from one rank after the other to the order of the data set
+        everyone = sum(named, [])
+        order = torch.tensor([row[name] for name in everyone]).argsort()
+        results, names = [x[order] for x in results], sorted(everyone, key=row.get)
+        pixels = ReadAgain(unlabeled, [row[name] for name in names], config.size)
+    probs, balanced, table, student_probs, truth = results
+
     by_teacher, by_student = score(probs, truth), score(student_probs, truth)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     summary = dict(
         dataset=config.images or config.dataset,
         teacher=config.pseudo_labels or config.clip,
         seed=config.seed,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=kind if ranks() == 1 else f"{ranks()} x {kind}",
         torch=torch.__version__,
-        images=len(pixels),
+        images=len(names),
         skipped=len(skipped),
         agreement=(probs.argmax(1) == student_probs.argmax(1)).float().mean().item(),
         teacher_accuracy=by_teacher["accuracy"],
-        balanced_teacher_accuracy=score(balance(probs), truth)["accuracy"],
+        balanced_teacher_accuracy=score(balanced, truth)["accuracy"],
         label_accuracy=score(table, truth)["accuracy"],
         transductive_accuracy=by_student["accuracy"],
         per_class_teacher=dict(zip(classes, by_teacher["per_class"])),
         per_class_student=dict(zip(classes, by_student["per_class"])),
     )
     if heldout:
-        named = score(heldout_probs, heldout_truth)["accuracy"] if heldout_probs is not None else None
+        probs_there, student_there, truth_there = heldout_results
+        named = score(probs_there, truth_there)["accuracy"] if probs_there is not None else None
         summary["teacher_inductive_accuracy"] = named
-        summary["inductive_accuracy"] = score(predict(student, heldout_pixels), heldout_truth)["accuracy"]
+        summary["inductive_accuracy"] = score(student_there, truth_there)["accuracy"]
     summary["seconds"] = round(time.time() - started, 1)
-    write_results(config, images, probs, table, student, student_probs, summary, skipped)
+    write_results(config, Images(pixels, names, classes, truth), probs, table, student, student_probs, summary, skipped)
     return summary
 
 
@@ -1579,6 +1825,8 @@ def main(argv=None):
     config = None
     try:
         config, action = parse(sys.argv[1:] if argv is None else argv)
+        if action["model"] and LAUNCHED:
+            raise UserError("--predict and --export are for one process: leave torchrun out")
         if action["predict"]:
             print(f"wrote {predict_folder(config, action['predict'], action['model'])}")
         if action["export"]:
@@ -1588,15 +1836,24 @@ def main(argv=None):
         if action["model"]:
             return 0
         config = config if action["resume"] else complete(config)
-        summary = run(config, bool(action["resume"]))
+        with joined_ranks(pick_device(config.device)):
+            summary = run(config, bool(action["resume"]))
     except (UserError, OSError) as error:  # OSError: the disk is full, a file is out of reach, a name too long
-        print(f"tclip: {first_line(error)}", file=sys.stderr)
+        if stops_first():
+            print(f"tclip: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         begun = config and config.out and Path(config.out, "config.json").exists()
         hint = f" Go on with: python tclip.py --resume {config.out}" if begun else ""
-        print(f"\ntclip: stopped.{hint}", file=sys.stderr)
+        if stops_first():
+            print(f"\ntclip: stopped.{hint}", file=sys.stderr)
         return 130
+    except RuntimeError:
+        if stops_first():
+            raise
+        return 1  # what was raised here is that another rank is gone
+    if summary is None:  # rank 0 speaks
+        return 0
     shares = {k: "?" if v is None else f"{100 * v:.1f} %" for k, v in summary.items() if isinstance(v, float | None)}
     print(f"results in {config.out}")
     if summary["teacher_accuracy"] is None:

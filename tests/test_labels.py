@@ -125,14 +125,14 @@ def test_epochs(momentum, balanced, neighbours, sharpness):
         agree = np.mean([sum(p * p for p in row) for row in q])  # two neighbours, asked at random, name one class
         chance = np.mean([np.dot(row, other) for row in q for other in q])  # two neighbours of any two images do
         trust = max(0, (agree - chance) / (1 - chance))
-        assert momentum == 1 or abs(labels.trust - trust) < 1e-5
+        assert momentum == 1 or abs(labels.trust - trust) < 1e-3
         q = (1 - trust) * start[those] + trust * read(q**sharpness)
         table[those] = momentum * table[those] + (1 - momentum) * q
-        np.testing.assert_allclose(labels.table, table, atol=1e-3 if balanced else 1e-6)  # ours stops earlier
-        np.testing.assert_allclose(labels.table.sum(1), 1, atol=1e-5)
+        np.testing.assert_allclose(labels.table, table, atol=2e-3)  # float16, and its balancing stops earlier
+        np.testing.assert_allclose(labels.table.sum(1, dtype=torch.float32), 1, atol=1e-3)
         assert (labels.table >= 0).all()
         index = torch.tensor([5, 0, 29])
-        assert torch.equal(labels.targets(index), labels.table[index])
+        assert torch.equal(labels.targets(index), labels.table[index].float())
 
 
 def test_recorded_once():
@@ -156,8 +156,8 @@ def test_trust():
         labels = EnsembleLabels(probs, momentum=0.0, neighbours=3, sharpness=1.0, balanced=False)
         labels.record(torch.arange(9), said, places)
         labels.end_epoch()
-        assert abs(labels.trust - trust) < 1e-6
-        torch.testing.assert_close(labels.table, said if trust else probs)
+        assert abs(labels.trust - trust) < 1e-3
+        torch.testing.assert_close(labels.table.float(), said if trust else probs, rtol=0, atol=1e-3)
 
 
 def test_unseen_images_keep_their_labels():
@@ -181,7 +181,7 @@ def test_momentum_limits():
         for views in (first, second):
             labels.record(torch.arange(8), views, embeddings(8))
         labels.end_epoch()
-        torch.testing.assert_close(labels.table, expected)
+        torch.testing.assert_close(labels.table.float(), expected, rtol=0, atol=1e-3)
 
 
 def test_wrong_label_has_right_neighbours():

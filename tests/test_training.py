@@ -209,7 +209,7 @@ def test_labels_begin_as_the_teachers(prior):
     assert 0 < (tables[0] - begin).abs().max() <= 0.25
     assert not torch.equal(tables[1], tables[0]) and not torch.equal(tables[3], tables[2])
     train(replace(config, label_momentum=1.0), tiny(), opinion(), on_epoch=lambda *a: tables.append(a[2].table.clone()))
-    assert torch.equal(tables[-1], begin)
+    assert torch.equal(tables[-1], begin.half())
 
 
 def test_weight_of_the_contrastive_loss():
@@ -263,4 +263,4 @@ def test_accelerator(kind):
         pytest.skip(f"there is no {kind} device")
     student, labels = train(settings(device=kind, epochs=2), tiny(), opinion())
     assert predict(student, tiny().pixels).isfinite().all() and labels.table.device.type == kind
-    torch.testing.assert_close(labels.table.sum(1).cpu(), torch.ones(N))
+    torch.testing.assert_close(labels.table.float().sum(1).cpu(), torch.ones(N), rtol=0, atol=1e-3)
