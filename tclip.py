@@ -199,67 +199,57 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="i
 # ======================================================================================================================
 
 
-def each_rank(x):
-    """x of rank 0, of rank 1, ..., where several processes train one student; x alone where one does.
+def everyone(x):
+    """The rows of x (n, ...) of all processes that train one student, see "Several devices"; x itself where one does.
 
-    x: (n, ...), without gradient; n may differ from rank to rank. See "Several devices"; not needed on first reading.
+    Rank 0's rows come first. n may differ from process to process. Without gradient.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        yield x
-        return
+        return x
     sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-    for source, n in enumerate(sizes):
-        own = source == torch.distributed.get_rank()
-        rows = x.contiguous() if own else x.new_empty(int(n), *x.shape[1:])
+    parts = [x.new_empty(int(n), *x.shape[1:]) for n in sizes]
+    parts[torch.distributed.get_rank()] = x.contiguous()
+    for source, rows in enumerate(parts):
         torch.distributed.broadcast(rows, source)
-        yield rows
+    return torch.cat(parts)
 
 
-def mean_row(x):
-    """Mean of the rows of x (n, ...), of all ranks, in float32: (...)."""
-    total = sum(each_rank(x.sum(0, keepdim=True, dtype=torch.float32)))[0]
-    return total / sum(each_rank(torch.tensor([len(x)], device=x.device)))[0]
+def total(x):
+    """x of all those processes, added up."""
+    return everyone(x[None]).sum(0)
 
 
 def neighbour_mean(embeddings, values, k, pool=50_000):
-    """Mean of `values` over the k nearest images by cosine: (N, C) -> (N, C) of the same type.
+    """Mean of `values` over the k nearest images by cosine: (N, C) -> float32 (N, C).
 
     embeddings: (N, D) unit rows. Up to `pool` images, an image is among its own neighbours; beyond, the neighbours are
     sought among so many random images, which keeps the cost per image flat as N grows.
     """
-    everyone = sum(each_rank(torch.tensor([len(values)], device=values.device))).item()
-    share = pool * len(values) // everyone  # of the pool
-    members = torch.randperm(len(values), device=values.device)[:share]
-    bank = torch.cat([*each_rank(embeddings[members])]).T  # (D, pool)
-    named = torch.cat([*each_rank(values[members])]).float()  # (pool, C)
+    share = len(values) / total(torch.tensor(len(values), device=values.device))  # of all images; 1 for one process
+    members = torch.randperm(len(values), device=values.device)[: int(pool * share)]
+    bank, said = everyone(embeddings[members]).T, everyone(values[members]).float()  # (D, pool), (pool, C)
     means = []
-    for rows in embeddings.split(256):  # a block at a time: N x k x C numbers would be gigabytes
-        nearest = (rows @ bank).topk(min(k, len(named))).indices  # (256, k)
-        means.append(F.embedding_bag(nearest, named, mode="mean").to(values.dtype))
+    for rows in embeddings.split(256):  # a block at a time: N x pool cosines would be gigabytes
+        nearest = (rows @ bank).topk(min(k, len(said))).indices  # (256, k)
+        means.append(F.embedding_bag(nearest, said, mode="mean"))
     return torch.cat(means)
 
 
-def balance(probs, sharpness=1.0, iterations=20):
-    """The nearest soft labels in which the classes are (nearly) equally frequent: (N, C) -> (N, C) of the same type.
+def balance(probs, iterations=20):
+    """The nearest soft labels in which the classes are (nearly) equally frequent: (N, C) -> float32 (N, C).
 
-    A teacher that hardly ever says "seven" means seven more often than it says so. Each class is given a weight, such
-    that its column sums to N / C when the rows sum to 1: Sinkhorn and Knopp's optimal transport from images to equally
-    large classes, as in self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020). It reads no truth, but it
-    assumes that the classes are about equally frequent: where they are not, leave it out.
-
-    probs are raised to the power `sharpness` first. With no iterations, rows are made to sum to 1 and that is all.
+    A teacher that hardly ever says "seven" means seven more often than it says so. Each class gets a weight, such that
+    its column sums to N / C once the rows sum to 1: Sinkhorn and Knopp's optimal transport from images to equally large
+    classes, as in self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020). It reads no truth, but it assumes
+    that the classes are about equally frequent: where they are not, leave it out.
     """
-
-    def blocks():  # of rows, in float32: a copy of the whole would be gigabytes
-        for p in probs.split(2_000):
-            yield p.float().pow(sharpness).clamp_min_(1e-12)  # zero would stay zero for ever
-
-    weights = torch.ones(probs.shape[1], device=probs.device)
+    p = probs.float().clamp_min(1e-12)  # zero would stay zero for ever
+    weights = torch.ones_like(p[0])
     for _ in range(iterations):
-        columns = sum(p.T @ (1 / (p @ weights)) for p in blocks())  # (C,), sums over rows less the class's own weight
-        weights = F.normalize(1 / sum(each_rank(columns)), p=1, dim=0)
-    return torch.cat([(p * weights / (p @ weights)[:, None]).to(probs.dtype) for p in blocks()])
+        columns = total(p.T @ (1 / (p @ weights)))  # (C,), the sums that weights have to make equal
+        weights = columns.sum() / columns
+    return p * weights / (p @ weights)[:, None]
 
 
 class EnsembleLabels:
@@ -283,8 +273,8 @@ class EnsembleLabels:
     probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: q is
     raised to this power. `table` is T, (N, C), rows on the simplex; `trust` is w of the last epoch.
 
-    Kept are three tables, `start` (T0), `table` and `predictions`, in float16: 6 N C bytes, 6 GB for a million images
-    and 1000 classes, and for the moment of end_epoch() 4 N C more. That keeps a probability to 1 / 2000 of itself.
+    Three tables are kept, in float16: `start` (T0), `table` and `predictions`, 6 N C bytes, 6 GB for a million images
+    of 1000 classes; end_epoch() needs some 16 N C more for a moment. A probability is kept to 1 / 2000 of itself.
     """
 
     def __init__(self, probs, momentum=0.5, neighbours=20, sharpness=2.0, balanced=True):
@@ -309,17 +299,18 @@ class EnsembleLabels:
         """Mix what was recorded into T. Images that were not seen keep their label."""
         if self.embeddings is not None and self.momentum < 1:
             views = self.predictions.sum(1, dtype=torch.float32)  # how many of each image: predictions sum to 1
-            seen = views.nonzero().flatten()
-            q = self.predictions[seen].div_(views[seen, None])
+            seen = views > 0
+            q = self.predictions[seen] / views[seen, None]
             if self.neighbours:
                 q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
             # One trust for all, not image by image: what is named wrongly lies in mixed neighbourhoods.
-            agree, chance = mean_row(q.norm(dim=1, dtype=torch.float32).square()), mean_row(q).square().sum()
+            n = total(seen.sum())
+            agree, chance = total(q.square().sum()) / n, (total(q.sum(0)) / n).square().sum()
             self.trust = ((agree - chance) / (1 - chance).clamp_min(1e-6)).clamp(0, 1).item()
-            q = balance(q, self.sharpness, iterations=20 if self.balanced else 0)
-            for rows, said in zip(seen.split(2_000), q.split(2_000)):
-                said = torch.lerp(self.start[rows].float(), said.float(), self.trust)
-                self.table[rows] = torch.lerp(said, self.table[rows].float(), self.momentum).half()
+            q = q**self.sharpness
+            q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
+            q = torch.lerp(self.start[seen].float(), q, self.trust)
+            self.table[seen] = torch.lerp(q, self.table[seen].float(), self.momentum).half()
         self.predictions.zero_()
         self.embeddings = None
 
@@ -468,7 +459,7 @@ def resnet8(size):
 # ======================================================================================================================
 # Several devices: torchrun starts this program once for each, as rank 0, 1, ..., W - 1. Each rank has a copy of the
 # student, every W-th image and its labels. In a step they exchange gradients and what the contrastive loss compares;
-# after an epoch, the little that the labels need of each other (each_rank above). Rank 0 alone speaks and writes.
+# after an epoch, the little that the labels need of each other (everyone() above). Rank 0 alone speaks and writes.
 # Where one process runs, all of this does nothing: skip it on first reading.
 # ======================================================================================================================
 
@@ -534,14 +525,6 @@ def of_all_ranks(value):
     if ranks() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def collect(x):
-    """The rows of x (n, ...) of all ranks, rank 0's first, on the CPU of rank 0. Elsewhere None, and None of None."""
-    if x is None or ranks() == 1:
-        return x if x is None else x.cpu()
-    parts = [part.cpu() for part in each_rank(x) if rank() == 0]
-    return torch.cat(parts) if parts else None
 
 
 def whole_batch(z, targets):
@@ -650,7 +633,7 @@ def train(config, images, probs, out=None, on_epoch=None):
             cross_entropy=cross_entropy,
             c3l=c3l,
             lr=learning_rate(config, (epoch + 1) / config.epochs),
-            labels_changed=mean_row((labels.table.argmax(1) != first_labels).float()).item(),
+            labels_changed=everyone((labels.table.argmax(1) != first_labels).float()).mean().item(),
             trust=labels.trust,
             seconds=round(time.time() - started, 3),
         )
@@ -691,7 +674,7 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
         labels.record(index.repeat(2), logits.float().softmax(1), z)
         losses += torch.stack([cross_entropy, c3l]).detach() / steps
         bar.update()
-    return mean_row(losses[None]).tolist()
+    return (total(losses) / ranks()).tolist()
 
 
 class Checkpoint:
@@ -727,7 +710,7 @@ class Checkpoint:
         """Write checkpoint.pt, and metrics.csv with the rows `history`."""
         if not self.folder:
             return
-        state = dict(first_labels=collect(self.labels.start), labels=collect(self.labels.table), names=self.names)
+        state = dict(first_labels=everyone(self.labels.start), labels=everyone(self.labels.table), names=self.names)
         state.update(student=self.student.state_dict(), optimizer=self.optimizer.state_dict())
         if rank() == 0:
             save_tensors(self.folder / "checkpoint.pt", state | dict(history=history, settings=self.settings))
@@ -1693,30 +1676,30 @@ def run(config, resume=False):
         return read_images(share_of(source), config.size, prepare, annotate, strict, config.memory, out, title)
 
     pixels, names, truth, probs, skipped = read(unlabeled, "unlabeled images")
-    row = {name: i for i, name in enumerate(names_of(unlabeled))}
-    named, skipped = of_all_ranks(names), sum(of_all_ranks(skipped), [])
-    skipped.sort(key=lambda failure: row[failure["file"]])
+    shares, skipped = of_all_ranks(names), sum(of_all_ranks(skipped), [])
+    all_names, place_of = sum(shares, []), {name: i for i, name in enumerate(names_of(unlabeled))}
     if rank() == 0:
-        report_skipped(out, skipped, len(unlabeled))
+        report_skipped(out, sorted(skipped, key=lambda row: place_of[row["file"]]), len(unlabeled))
     if heldout:
         heldout_pixels, _, heldout_truth, heldout_probs, _ = read(heldout, "held-out images")
     prepare = annotate = None  # CLIP's memory
     if config.pseudo_labels:
-        probs = match(sum(named, []), files, answers).split([len(part) for part in named])[rank()]
+        probs = match(all_names, files, answers).split([len(share) for share in shares])[rank()]
 
     student, labels = train(config, Images(pixels, names, classes, truth), probs, out)
 
-    results = [collect(x) for x in (probs, balance(probs), labels.table, predict(student, pixels), truth)]
+    # From here on of all ranks, in the order of the data set.
+    order = sorted(range(len(all_names)), key=lambda i: place_of[all_names[i]])
+    parts = probs, balance(probs), labels.table, predict(student, pixels), truth
+    probs, balanced, table, student_probs, truth = (everyone(part).cpu()[order] for part in parts)
+    names = [all_names[i] for i in order]
+    if ranks() > 1:
+        pixels = ReadAgain(unlabeled, [place_of[name] for name in names], config.size)
     if heldout:
-        heldout_results = [collect(x) for x in (heldout_probs, predict(student, heldout_pixels), heldout_truth)]
+        parts = heldout_probs, predict(student, heldout_pixels), heldout_truth
+        heldout_probs, heldout_student, heldout_truth = (None if part is None else everyone(part) for part in parts)
     if rank() > 0:
         return None
-    if ranks() > 1:  # from one rank after the other to the order of the data set
-        everyone = sum(named, [])
-        order = torch.tensor([row[name] for name in everyone]).argsort()
-        results, names = [x[order] for x in results], sorted(everyone, key=row.get)
-        pixels = ReadAgain(unlabeled, [row[name] for name in names], config.size)
-    probs, balanced, table, student_probs, truth = results
 
     by_teacher, by_student = score(probs, truth), score(student_probs, truth)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -1737,10 +1720,9 @@ def run(config, resume=False):
         per_class_student=dict(zip(classes, by_student["per_class"])),
     )
     if heldout:
-        probs_there, student_there, truth_there = heldout_results
-        named = score(probs_there, truth_there)["accuracy"] if probs_there is not None else None
+        named = score(heldout_probs, heldout_truth)["accuracy"] if heldout_probs is not None else None
         summary["teacher_inductive_accuracy"] = named
-        summary["inductive_accuracy"] = score(student_there, truth_there)["accuracy"]
+        summary["inductive_accuracy"] = score(heldout_student, heldout_truth)["accuracy"]
     summary["seconds"] = round(time.time() - started, 1)
     write_results(config, Images(pixels, names, classes, truth), probs, table, student, student_probs, summary, skipped)
     return summary

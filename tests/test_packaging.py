@@ -107,7 +107,7 @@ def test_copy_of_the_loss():
 
 def test_copy_of_the_labels():
     """The ensemble labels, with the four functions above them, can be copied into another project."""
-    *_, EnsembleLabels = copied("each_rank", "mean_row", "balance", "neighbour_mean", "EnsembleLabels")
+    *_, EnsembleLabels = copied("everyone", "total", "balance", "neighbour_mean", "EnsembleLabels")
     probs = torch.rand(6, 3).softmax(1)
     tables = []
     for kind in (EnsembleLabels, tclip.EnsembleLabels):
