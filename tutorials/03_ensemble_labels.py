@@ -90,11 +90,11 @@ for name, changes in runs.items():
     config = tclip.complete(tclip.Config(**settings, **changes))
     trained[name] = config
     trust[name] = []
-    said[name], tables[name] = [], [tclip.EnsembleLabels(probs, balanced=config.class_prior == "uniform").table]
+    said[name], tables[name] = [], [tclip.EnsembleLabels(probs, balanced=config.class_prior == "uniform").table.float()]
 
     def watch(row, student, labels, name=name):
         said[name].append(tclip.predict(student, images.pixels))  # (N, C)
-        tables[name].append(labels.table.clone())  # (N, C)
+        tables[name].append(labels.table.float())  # (N, C)
         trust[name].append(row["trust"])
 
     student, _ = tclip.train(config, images, probs, on_epoch=watch)
