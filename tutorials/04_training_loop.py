@@ -30,17 +30,18 @@
 
 # %%
 # Installs the package where it is missing, as on Colab. OWNER stands for the account that publishes the repository.
+import importlib
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/tclip"
-sys.path[:0] = ["..", "."]  # in a checkout tclip.py lies one folder up
+sys.path[:0] = ["..", ".", "tclip", "tclip/tutorials"]  # tclip.py lies one folder up, or in the clone made below
 try:
     import tclip
 except ImportError:
     subprocess.run(["git", "clone", "--depth", "1", REPOSITORY], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./tclip"], check=True)
-    sys.path[:0] = ["tclip", "tclip/tutorials"]
+    importlib.invalidate_caches()  # Python remembers that these folders were not there
     import tclip
 
 # %%
@@ -74,18 +75,7 @@ pixels, N, C = images.pixels, len(images.pixels), len(images.classes)
 
 config = tclip.complete(tclip.Config(epochs=EPOCHS, device="cpu"))  # complete(): fills in what the data set decides
 LR = config.lr * config.batch_size / 256  # as train() scales it
-print(
-    "student",
-    config.arch,
-    "| size",
-    config.size,
-    "| views",
-    config.views,
-    "| batch",
-    config.batch_size,
-    "| lr",
-    config.lr,
-)
+print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", "batch_size", "lr")), sep=" | ")
 
 # %% [markdown]
 # ## What does the student see?
