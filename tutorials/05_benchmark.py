@@ -30,17 +30,18 @@
 
 # %%
 # Installs the package where it is missing, as on Colab. OWNER stands for the account that publishes the repository.
+import importlib
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/tclip"
-sys.path[:0] = ["..", "."]  # in a checkout tclip.py lies one folder up
+sys.path[:0] = ["..", ".", "tclip", "tclip/tutorials"]  # tclip.py lies one folder up, or in the clone made below
 try:
     import tclip
 except ImportError:
     subprocess.run(["git", "clone", "--depth", "1", REPOSITORY], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./tclip"], check=True)
-    sys.path[:0] = ["tclip", "tclip/tutorials"]
+    importlib.invalidate_caches()  # Python remembers that these folders were not there
     import tclip
 
 # %%
@@ -69,7 +70,7 @@ print(f"{len(task.images.pixels)} unlabeled and {len(task.heldout.pixels)} held-
 
 # %%
 for name, method in METHODS.items():
-    print(f"{name:30} {method.source}")
+    print(f"{name:33} {method.source}")
 
 # %% [markdown]
 # ## Does it hold while I watch?
@@ -78,8 +79,7 @@ for name, method in METHODS.items():
 # CLIP's names, but also a running mean of what the student says of each image, and holds it to that; and tclip.
 #
 # *Unlabeled* and *held out* say how many images the student names right, of those that it was trained on and of others;
-# *worst class* is the lowest such number of a single class, of the unlabeled images. *Labels*: how many of the labels
-# are right that a method ends with, where it changes them (of ELR, the running means). All in %.
+# *worst class* is the lowest such number of a single class, of the unlabeled images. All in %.
 
 # %%
 live_config, live_task = config, task
@@ -87,22 +87,29 @@ if QUICK:
     live_config = replace(config, epochs=2)
     live_task = replace(task, images=benchmark.subset(task.images, range(200)), probs=task.probs[:200])
 
-live = [benchmark.one_run(name, live_config, live_task) for name in ("cross-entropy", "ELR", "tclip")]
-lines = benchmark.summarise(live)
-print(benchmark.table(lines))
-teacher, *students = (line["unlabeled"][0] for line in lines)
+parts, answers = (live_task.images, live_task.heldout), (live_task.probs, live_task.heldout_probs)
+live = {"teacher": [tclip.score(answer, part.truth) for answer, part in zip(answers, parts)]}
+for name in ("cross-entropy", "ELR", "tclip"):
+    student, _ = METHODS[name].run(live_config, live_task.images, live_task.probs)
+    live[name] = [tclip.evaluate(student, part) for part in parts]
+print(f"{'':15}unlabeled   held out   worst class")
+for name, (seen, unseen) in live.items():
+    shares = (seen["accuracy"], unseen["accuracy"], benchmark.worst(seen))
+    print(f"{name:15}" + "       ".join(f"{100 * share:5.1f}" for share in shares))
+right = {name: f"{seen['accuracy']:.1%}" for name, (seen, _) in live.items()}
 takeaway(
-    f"from a teacher that is right about {teacher:.1%} of the images, cross-entropy makes a student of "
-    f"{students[0]:.1%}, ELR one of {students[1]:.1%}, and tclip one of {students[2]:.1%}. (One seed.)"
+    f"from a teacher that is right about {right['teacher']} of the images, cross-entropy makes a student of "
+    f"{right['cross-entropy']}, ELR one of {right['ELR']}, and tclip one of {right['tclip']}. (One seed.)"
 )
 
 # %% [markdown]
 # ## Is one seed enough?
 #
 # No: a student that starts from other weights ends elsewhere. These are the kept results, with the mean and the
-# standard deviation over seeds. Only rows count that were made with the present settings of tclip. (If there is none,
-# all are shown.) Where *seeds* says 1 nobody knows the spread yet. The seconds are wall time, and the machine had other
-# work beside.
+# standard deviation over seeds. *Labels* says how many of the labels are right that a method ends with, where it
+# changes them (of ELR, the running means). Only rows count that were made with the present settings of tclip. (If there
+# is none, all are shown.) Where *seeds* says 1 nobody knows the spread yet. The seconds are wall time, and the machine
+# had other work beside.
 
 # %%
 rows = benchmark.read_rows(benchmark.RESULTS / "digits.csv")
@@ -149,7 +156,7 @@ takeaway(
 halves = {line["name"]: line for line in kept if line["name"].startswith("tclip")}
 for name, line in halves.items():
     print(
-        f"{name:30} {line['unlabeled'][0]:.1%} of the unlabeled images, {line['worst class'][0]:.1%} of the worst class"
+        f"{name:33} {line['unlabeled'][0]:.1%} of the unlabeled images, {line['worst class'][0]:.1%} of the worst class"
     )
 loss, labels = (
     halves["tclip"]["unlabeled"][0] - halves[name]["unlabeled"][0]
@@ -163,12 +170,11 @@ takeaway(
 # %% [markdown]
 # ## Which classes gain?
 #
-# The mean hides what made us look for a better label: classes that the teacher hardly ever names.
+# The mean hides what made us look for a better label: classes that the teacher hardly ever names. Here is the student
+# of above, beside its teacher.
 
 # %%
-student, _ = METHODS["tclip"].run(live_config, live_task.images, live_task.probs)
-named = tclip.score(live_task.probs, live_task.images.truth)["per_class"]
-learned = tclip.evaluate(student, live_task.images)["per_class"]
+named, learned = (live[name][0]["per_class"] for name in ("teacher", "tclip"))
 places = range(len(live_task.images.classes))
 figure, ax = plt.subplots(figsize=(8, 2.8))
 ax.bar([p - 0.2 for p in places], [100 * (a or 0) for a in named], 0.38, color=ORANGE, hatch="//", label="teacher")
