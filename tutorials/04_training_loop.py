@@ -169,7 +169,7 @@ def second_version():
     for _ in range(EPOCHS):
         student.train()
         for index in torch.randperm(N).split(config.batch_size):
-            views = torch.cat([tclip.augment(pixels[index], **tclip.VIEWS[config.views]) for _ in range(2)])
+            views = tclip.augment(pixels[index], views=2, **tclip.VIEWS[config.views])
             logits, z = student(views)  # (2B, C), (2B, D)
             loss = F.cross_entropy(logits, targets[index].repeat(2, 1))
             loss = loss + config.c3l_weight * tclip.class_conditional_contrastive_loss(
@@ -205,7 +205,7 @@ def third_version():
     for _ in range(EPOCHS):
         student.train()
         for index in torch.randperm(N).split(config.batch_size):
-            views = torch.cat([tclip.augment(pixels[index], **tclip.VIEWS[config.views]) for _ in range(2)])
+            views = tclip.augment(pixels[index], views=2, **tclip.VIEWS[config.views])
             targets = labels.targets(index)
             logits, z = student(views)
             loss = F.cross_entropy(logits, targets.repeat(2, 1))
@@ -265,7 +265,7 @@ def last_version():
         for step, index in enumerate(torch.randperm(N).tensor_split(steps)):
             for group in optimizer.param_groups:
                 group["lr"] = tclip.learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
-            views = torch.cat([tclip.augment(pixels[index], **tclip.VIEWS[config.views]) for _ in range(2)])
+            views = tclip.augment(pixels[index], views=2, **tclip.VIEWS[config.views])
             targets = labels.targets(index)
             with torch.autocast(device.type, torch.bfloat16, enabled=tclip.has_fast_bfloat16(device)):
                 logits, z = student(views.contiguous(memory_format=torch.channels_last))
@@ -323,7 +323,7 @@ student.train()
 for _ in range(3 if QUICK else 12):
     index = torch.randperm(N)[: config.batch_size]
     clock = [time.perf_counter()]
-    views = torch.cat([tclip.augment(pixels[index], **tclip.VIEWS[config.views]) for _ in range(2)])
+    views = tclip.augment(pixels[index], views=2, **tclip.VIEWS[config.views])
     clock.append(time.perf_counter())
     with torch.autocast("cpu", torch.bfloat16, enabled=tclip.has_fast_bfloat16(torch.device("cpu"))):
         logits, z = student(views.contiguous(memory_format=torch.channels_last))
