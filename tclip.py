@@ -261,8 +261,9 @@ class EnsembleLabels:
     it saw of an image in that epoch (no extra forward pass), averaged over the image's nearest neighbours in the
     student's embedding, sharpened, and balanced. w, the trust, is how much of one mind the neighbours are: the chance,
     averaged over all images, that two of them asked at random name the same class, corrected for what any two images
-    would agree on, as Cohen's kappa is: 0 for neighbours no better than strangers, 1 if they never differ. At first,
-    and for ever where a student cannot make sense of the images, w is small and the labels stay the teacher's.
+    would agree on, as Scott's pi is: about 0 for neighbours no better than strangers (up to 1 / k, since an image is
+    asked among its neighbours), 1 if they never differ. At first, and for ever where a student cannot make sense of the
+    images, w is small and the labels stay the teacher's.
 
     The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). The rest is
     our addition: a wrong label has right neighbours; a whole group that is named wrongly shows in the size of its
