@@ -459,9 +459,9 @@ def resnet8(size):
 
 # ======================================================================================================================
 # Several devices: torchrun starts this program once for each, as rank 0, 1, ..., W - 1. Each rank has a copy of the
-# student, every W-th image and its labels. In a step they exchange gradients and what the contrastive loss compares;
-# after an epoch, the little that the labels need of each other (everyone() above). Rank 0 alone speaks and writes.
-# Where one process runs, all of this does nothing: skip it on first reading.
+# student, a W-th of the images and their labels. In a step they exchange gradients and what the contrastive loss
+# compares; after an epoch, the little that the labels need of each other (everyone() above). Rank 0 alone speaks and
+# writes. Where one process runs, all of this does nothing: skip it on first reading.
 # ======================================================================================================================
 
 
@@ -1079,13 +1079,16 @@ def names_of(source):
 
 
 def share_of(source):
-    """Every W-th image of a data set: what this rank reads. UserError: there are fewer images than ranks."""
+    """The images of a data set that this rank reads, a W-th of them. UserError: there are fewer images than ranks."""
     if ranks() == 1:
         return source
     if len(source) < ranks():
         raise UserError(f"{len(source)} images are too few for {ranks()} processes")
-    share = torch.utils.data.Subset(source, range(rank(), len(source), ranks()))
-    share.names = names_of(source)[rank() :: ranks()]
+    # At random: every second file of a folder may be no image, every tenth image of a data set of one class.
+    mixed = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    share = torch.utils.data.Subset(source, mixed[rank() :: ranks()].sort().values.tolist())
+    names = names_of(source)
+    share.names = [names[i] for i in share.indices]
     return share
 
 

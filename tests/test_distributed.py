@@ -194,6 +194,21 @@ def test_handed_over(found):
     torch.testing.assert_close(labels.start, EnsembleLabels(probs).start, rtol=0, atol=1e-3)
 
 
+def test_shares(monkeypatch):
+    """Each image is read by one process; where every second file is no image, as .json beside .jpg, each has some."""
+    monkeypatch.setattr(tclip, "ranks", lambda: W)
+    files, shares = [f"{i:02d}.{end}" for i in range(20) for end in ("jpg", "json")], []
+    source = torch.utils.data.Subset(files, range(len(files)))
+    source.names = files
+    for rank in range(W):
+        monkeypatch.setattr(tclip, "rank", lambda rank=rank: rank)
+        share = tclip.share_of(source)
+        assert [source.names[i] for i in share.indices] == share.names == sorted(share.names)
+        shares.append(share.names)
+    assert sorted(sum(shares, [])) == files and {len(share) for share in shares} == {20}
+    assert all(5 < sum(name.endswith(".jpg") for name in share) < 15 for share in shares)
+
+
 # The command line
 
 
