@@ -9,7 +9,7 @@ results/speed.csv in place of the rows it had there for this device. What is com
 round, so that whatever else the machine does falls on all alike. A ratio is taken within each round.
 
 step      views a second (an image is seen in two views). a: the student alone, forward, backward and optimiser step on
-          views that lie ready. b: tclip.train() with all that is in it, its ensemble labels, too. c: the loop as it is
+          views that lie ready. b: tclip.train() with its ensemble labels, without the checkpoint. c: the loop as it is
           usually written: PIL images and torchvision's transforms in DataLoader workers, with the same network, batch
           and losses, in float32 and PyTorch's usual memory layout; "c, our layout" has tclip's precision and layout as
           well. Pixels are noise: the time does not depend on them.
