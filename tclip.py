@@ -4,7 +4,7 @@ CLIP names every image once: noisy pseudo-labels, wrong for some classes nearly 
 *from scratch* on them with a class-conditional contrastive loss and ensemble labels, to become better than its teacher
 and to need no CLIP any more.
 
-    python tclip.py                                # handwritten digits: offline, a minute or less on a CPU
+    python tclip.py                                # handwritten digits: offline, a minute or two on a CPU
     python tclip.py --dataset cifar10              # CIFAR-10 named by OpenAI's CLIP ViT-B/32, for a GPU
     python tclip.py --images photos --classes "cat,dog,neither"        # a folder of your own
     torchrun --nproc_per_node=8 tclip.py --dataset cifar10             # the same on eight GPUs
@@ -498,7 +498,7 @@ def joined_ranks(device):
     dist.init_process_group(backend, timeout=timedelta(days=1))  # one may be at a download
     dist.barrier()  # nobody writes before all have looked into the folder of the results
     yield
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
 def stops_first():
@@ -611,6 +611,10 @@ def train(config, images, probs, out=None, on_epoch=None):
     )
     checkpoint = Checkpoint(config, images, out, student, optimizer, labels)
     history = checkpoint.restore()
+    if len(set(of_all_ranks(len(history)))) > 1:
+        raise UserError(
+            f"not all processes see the same {out}: on several machines it must be a folder that they share"
+        )
     pixels, first_labels = place(images.pixels, device), probs.argmax(1).to(device)
     model = data_parallel(student)
     model = torch.compile(model) if config.compile else model
@@ -652,7 +656,7 @@ def train(config, images, probs, out=None, on_epoch=None):
 def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
     """One pass over the batches, each int64 (B,). Returns the means of cross-entropy and C3L.
 
-    No step waits for the device.
+    No step waits for the device, as long as the pixels lie on it.
     """
     model.train()
     device, steps = labels.table.device, len(batches)
