@@ -17,12 +17,15 @@ teacher   images a second through CLIP, one process: Teacher.prepare and encode_
 decode    JPEG files a second into the store of pixels; "+ 224 px": with the view of CLIP ViT-B/32 made as well.
 start     seconds until Python has imported, and from the command `python tclip.py` to the end of the first epoch.
 memory    the most that a process held, its workers apart: of the main command, and of runs on folders of many files.
+devices   views a second of the digits' run by torchrun with 1, 2, 4, 8 processes, as far as there are GPUs or cores: a
+          core each; or on GPUs a ResNet-18 at 32 px and batches of 128 images a process.
 growth    microseconds and bytes an image, as images and classes get more. A flat column is what we want.
 """
 
 import argparse
 import csv
 import io
+import json
 import logging
 import os
 import platform
@@ -336,12 +339,12 @@ print(usage.ru_maxrss)
 sys.exit(os.waitstatus_to_exitcode(status))"""
 
 
-def call(*command):
+def call(*command, **environment):
     """Run a command to its end: (seconds, the most memory that it held in MB)."""
     begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", LAUNCHER, *map(str, command)], capture_output=True, text=True
-    )
+    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER]
+    environment = os.environ | environment
+    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, env=environment)
     seconds = time.perf_counter() - begun
     if done.returncode:
         raise UserError(f"{' '.join(map(str, command))}: {tclip.first_line(done.stderr)}")
@@ -385,6 +388,23 @@ def memory(device, rounds, quick):
             settings = ["--images", images, "--pseudo-labels", answers, "--size", 8, "--arch", "resnet8", "--memory", 0]
             peak = call(*MAIN, "--device", device.type, "--out", folder / f"out-{n}", *settings)[1]
             yield f"{n:,} files of 8 px, --memory 0", "peak memory", "MB", [peak]
+
+
+def devices(device, rounds, quick):
+    there = torch.cuda.device_count() if device.type == "cuda" else CORES
+    for processes in [n for n in (1, 2, 4, 8) if n <= (1 if quick else there)]:
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += ["--standalone", "--nproc_per_node", processes, HERE.parent / "tclip.py", "--no-cache"]
+        command += ["--device", device.type, "--epochs", rounds + 1]
+        if device.type == "cuda":
+            command += ["--arch", "resnet18", "--size", 32, "--batch-size", 128 * processes]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            call(*command, "--out", out, OMP_NUM_THREADS="1")
+            images = json.loads((out / "summary.json").read_text())["images"]
+            with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
+                seconds = [float(row["seconds"]) for row in csv.DictReader(file)][1:]  # the first epoch warms up
+        yield f"{processes} process" + "es" * (processes > 1), "training", "views/s", [2 * images / s for s in seconds]
 
 
 # ======================================================================================================================
@@ -465,7 +485,7 @@ def growth(device, rounds, quick):
 # Table and command line
 # ======================================================================================================================
 
-SECTIONS = dict(step=step, teacher=teacher, decode=decode, start=start, memory=memory, growth=growth)
+SECTIONS = dict(step=step, teacher=teacher, decode=decode, start=start, memory=memory, devices=devices, growth=growth)
 
 
 def rounded(value):
