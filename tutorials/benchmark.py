@@ -47,8 +47,8 @@ import tclip
 from tclip import UserError
 
 RESULTS = HERE / "results"
-# Without --full: settings for a CPU, and how many of the unlabeled images are taken. (Of so few natural images, batches of
-# 128 make too few steps, for all methods alike; and many images seen 20 times teach more than half of them seen 40 times.)
+# Without --full: settings for a CPU, and how many of the unlabeled images are taken. (Of so few natural images, batches
+# of 128 make too few steps, for all methods alike; and images seen 20 times teach more than half of them seen 40 times.)
 SMALL = {
     "digits": ({}, None),
     "mnist": (dict(size=16, arch="resnet8", clip="offline"), 2000),
