@@ -19,7 +19,7 @@ from tclip import Config, Images, UserError, complete
 sys.path.insert(0, str(Path(tclip.__file__).resolve().parent / "tutorials"))
 import baselines  # noqa: E402
 import benchmark  # noqa: E402
-from baselines import METHODS  # noqa: E402
+from baselines import METHODS, STUDY  # noqa: E402
 
 N, CLASSES = 64, 3
 
@@ -633,10 +633,29 @@ def test_command(tmp_path, monkeypatch, capsys, task):
     assert {file.name for file in tmp_path.iterdir()} == {"digits.csv", "digits.png"}
 
 
+def test_study(tmp_path, monkeypatch, capsys, task):
+    """Each entry of the study is tclip with one or two settings changed to values it may take; no two are equal; the
+    command keeps their rows beside those of the methods."""
+    defaults = settings()
+    for name, method in STUDY.items():
+        changed = {field: value for field, value in method.settings.items() if getattr(defaults, field) != value}
+        assert changed or name in ("tclip", "hard labels at the start", "class prior none"), name
+        assert method.train is tclip.train and isinstance(replace(defaults, **method.settings), Config)
+    assert len({benchmark.settings_of(name, settings(class_prior="uniform"), task) for name in STUDY}) == len(STUDY)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "load_task", lambda *arguments: task)
+    monkeypatch.setitem(benchmark.SMALL, "digits", (dict(size=8, epochs=1, device="cpu"), None))
+    chosen = "tclip,positives class + negatives other"
+    assert benchmark.main(["--study", "--seeds", "1", "--methods", chosen]) == 0
+    assert "| positives class + negatives other |" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"digits-study.csv", "digits-study.png"}
+
+
 @pytest.mark.parametrize(
     "arguments, word",
     [
         (["--methods", "GCE,SC"], "SCE"),
+        (["--methods", "GCE", "--study"], "tclip"),
         (["--seeds", "0"], "--seeds"),
         (["--teacher", "simulated"], "eurosat"),
     ],

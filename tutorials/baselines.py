@@ -1,4 +1,5 @@
-"""Other ways to learn from the same noisy pseudo-labels, to compare tclip with. `METHODS` lists them.
+"""Other ways to learn from the same noisy pseudo-labels, to compare tclip with: METHODS. And tclip with one setting
+changed, to see what that setting is worth: STUDY.
 
     student, labels = METHODS["GCE"].run(config, images, probs)
 
@@ -384,3 +385,26 @@ METHODS = {
     "tclip with fixed balanced labels": Method("no ensemble labels, but balance", settings=dict(label_momentum=1.0)),
     "tclip without ensemble labels": Method("neither", settings=dict(label_momentum=1.0, class_prior="none")),
 }
+
+
+def changed(**settings):
+    """An entry of STUDY: tclip with these settings in place of its own."""
+    name = " + ".join(f"{field.replace('_', ' ')} {value}" for field, value in settings.items())
+    return name, Method("this project", settings=settings)
+
+
+STUDY = {"tclip": METHODS["tclip"], "hard labels at the start": Method("this project", hard)} | dict(
+    [
+        changed(positives="instance", negatives="all"),
+        changed(positives="instance", negatives="same"),
+        changed(positives="class", negatives="all"),
+        changed(positives="class", negatives="other"),
+        *(changed(temperature=value) for value in (0.2, 1.0)),
+        *(changed(c3l_weight=value) for value in (0.3, 3.0)),
+        *(changed(label_momentum=value) for value in (0.0, 0.8)),
+        *(changed(label_neighbours=value) for value in (0, 5, 80)),
+        *(changed(label_sharpness=value) for value in (1.0, 4.0)),
+        changed(class_prior="none"),
+        *(changed(batch_size=value) for value in (32, 64, 256)),
+    ]
+)
