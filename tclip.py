@@ -17,7 +17,7 @@ ICASSP 2022, arXiv 2206.06177. The equations, weights and schedule are our readi
 
 The method: settings / pseudo-labels / class-conditional contrastive loss / ensemble labels / augmentation / student /
 several devices / training / prediction and evaluation. Around it: images / teachers / files / command line.
-text_classifier, zero_shot_probs, class_conditional_contrastive_loss and EnsembleLabels (with the four functions above
+text_classifier, zero_shot_probs, class_conditional_contrastive_loss and EnsembleLabels (with the five functions above
 it) need torch and nothing else of this file: copy them out alone.
 """
 
@@ -252,30 +252,41 @@ def balance(probs, iterations=20):
     return p * weights / (p @ weights)[:, None]
 
 
+def consensus(q):
+    """How often two neighbours of an image name the same class, beyond chance, in [0, 1]: Scott's pi (1955).
+
+    q: (N, C), for each image the mean prediction of its neighbours, or its own.
+    """
+    n = total(torch.tensor(len(q), device=q.device))
+    agree, chance = total(q.square().sum()) / n, (total(q.sum(0)) / n).square().sum()
+    return ((agree - chance) / (1 - chance).clamp_min(1e-6)).clamp(0, 1).item()
+
+
 class EnsembleLabels:
     """Pseudo-labels that follow the student as far as it can be trusted. Once an epoch
 
-        T <- m T + (1 - m) ((1 - w) T0 + w q).
+        T <- m T + (1 - m) ((1 - w) T0 + w q)
 
-    T0 are the teacher's predictions, balanced over the classes. q is the student's mean prediction over the views that
-    it saw of an image in that epoch (no extra forward pass), averaged over the image's nearest neighbours in the
-    student's embedding, sharpened, and balanced. w, the trust, is how much of one mind the neighbours are: the chance,
-    averaged over all images, that two of them asked at random name the same class, corrected for what any two images
-    would agree on, as Scott's pi is: about 0 for neighbours no better than strangers (up to 1 / k, since an image is
-    asked among its neighbours), 1 if they never differ. At first, and for ever where a student cannot make sense of the
-    images, w is small and the labels stay the teacher's.
+    T0   the teacher's predictions, balanced over the classes
+    q    what the student says of an image: its mean prediction over the views that it saw in that epoch (no extra
+         forward pass), averaged over the image's nearest neighbours in its embedding, sharpened, and balanced
+    w    the trust, one number for all images: how much of one mind neighbours are, by consensus(). 1 if they never
+         differ; about 0 (up to 1 / k, as an image is among its neighbours) if they agree no more than strangers do
+
+    So at first, and for ever where a student cannot make sense of the images, the labels stay the teacher's.
 
     The ensembling is our reading of arXiv 2206.06177, kin to temporal ensembling (Laine and Aila 2017). The rest is
-    our addition: a wrong label has right neighbours; a whole group that is named wrongly shows in the size of its
-    class; averages, averaged again each epoch, would fade to grey without the sharpening (MixMatch, Berthelot et al.
-    2019); labels that follow a student which knows less than they do would get worse, and so would the student, so the
-    teacher keeps a share, as the given labels do in label propagation (Zhou et al. 2004).
+    our addition. Neighbours: a wrong label has right ones. Balance: a whole group that is named wrongly shows in the
+    size of its class. Sharpening: averages, averaged again each epoch, would fade to grey (MixMatch, Berthelot et al.
+    2019). The teacher's share: labels that follow a student which knows less than they do would get worse, and the
+    student with them; it is kept as the given labels are in label propagation (Zhou et al. 2004).
 
-    probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: q is
-    raised to this power. `table` is T, (N, C), rows on the simplex; `trust` is w of the last epoch.
+    probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: the
+    power that q is raised to. `table` is T, (N, C), rows on the simplex; `trust` is w of the last epoch.
 
-    Three tables are kept, in float16: `start` (T0), `table` and `predictions`, 6 N C bytes, 6 GB for a million images
-    of 1000 classes; end_epoch() needs some 16 N C more for a moment. A probability is kept to 1 / 2000 of itself.
+    Three tables are kept in float16, 6 N C bytes: `start` (T0), `table` and `predictions`. That is 6 GB for a million
+    images of 1000 classes, and end_epoch() needs some 16 N C more for a moment. A probability is kept to 1 / 2000 of
+    itself.
     """
 
     def __init__(self, probs, momentum=0.5, neighbours=20, sharpness=2.0, balanced=True):
@@ -304,10 +315,7 @@ class EnsembleLabels:
             q = self.predictions[seen] / views[seen, None]
             if self.neighbours:
                 q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
-            # One trust for all, not image by image: what is named wrongly lies in mixed neighbourhoods.
-            n = total(seen.sum())
-            agree, chance = total(q.square().sum()) / n, (total(q.sum(0)) / n).square().sum()
-            self.trust = ((agree - chance) / (1 - chance).clamp_min(1e-6)).clamp(0, 1).item()
+            self.trust = consensus(q)  # not image by image: what is named wrongly lies in mixed neighbourhoods
             q = q**self.sharpness
             q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
             q = torch.lerp(self.start[seen].float(), q, self.trust)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tclip import EnsembleLabels, balance, neighbour_mean
+from tclip import EnsembleLabels, balance, consensus, neighbour_mean
 
 
 def predictions(n, classes, seed=0, sharpness=1.0):
@@ -91,6 +91,18 @@ def test_neighbour_pool():
     for row, chosen in zip(shares, neighbours_of(unit.numpy(), members, 3)):
         assert row.nonzero().flatten().tolist() == sorted(chosen)
         torch.testing.assert_close(row[chosen], torch.full((3,), 1 / 3))
+
+
+def test_consensus_is_scotts_pi():
+    """Against Scott's pi of all pairs of raters: here each of 12 images has 5 neighbours, who name one of 3 classes."""
+    rng = np.random.default_rng(0)
+    names = (rng.integers(3, size=(12, 1)) + (rng.random((12, 5)) < 0.3)) % 3  # mostly of one mind
+    pairs = [(a, b) for row in names for a in row for b in row]  # a neighbour is asked with itself, too
+    observed = np.mean([a == b for a, b in pairs])
+    expected = sum((np.mean(names == c)) ** 2 for c in range(3))
+    shares = torch.tensor(np.stack([np.bincount(row, minlength=3) / 5 for row in names]))
+    assert consensus(shares) == pytest.approx((observed - expected) / (1 - expected))
+    assert 0.2 < consensus(shares) < 0.9
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 2.5])

@@ -106,8 +106,8 @@ def test_copy_of_the_loss():
 
 
 def test_copy_of_the_labels():
-    """The ensemble labels, with the four functions above them, can be copied into another project."""
-    *_, EnsembleLabels = copied("everyone", "total", "balance", "neighbour_mean", "EnsembleLabels")
+    """The ensemble labels, with the five functions above them, can be copied into another project."""
+    *_, EnsembleLabels = copied("everyone", "total", "balance", "neighbour_mean", "consensus", "EnsembleLabels")
     probs = torch.rand(6, 3).softmax(1)
     tables = []
     for kind in (EnsembleLabels, tclip.EnsembleLabels):
