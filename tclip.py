@@ -16,8 +16,8 @@ Method: Huang, Chen, Yang, Xie, Pu, Zhuang, "Transductive CLIP with Class-Condit
 ICASSP 2022, arXiv 2206.06177. The equations, weights and schedule are our reading of it: see README.md.
 
 The method: settings / pseudo-labels / class-conditional contrastive loss / ensemble labels / augmentation / student /
-training / prediction and evaluation. Around it: several devices / images / teachers / files / command line. Where one
-process trains, ranks() is 1, rank() is 0, and all else of "several devices" does nothing.
+training / prediction and evaluation. Around it: several devices / images / teachers / files / command line. Ranks are
+the processes of "several devices": one, where torchrun did not start more.
 text_classifier, zero_shot_probs, class_conditional_contrastive_loss and EnsembleLabels (with the four functions above
 it) need torch and nothing else of this file: copy them out alone.
 """
@@ -83,9 +83,7 @@ class Config:
     strict: bool = setting(False, "stop at the first file that is no readable image")
     memory: float = setting(8.0, "gigabytes of pixels that a set of images may take; more lie on disk", low=0.0)
     clip: str = setting(None, "teacher: ViT-B/32 and the like, arch:tag of open_clip, a state_dict file, or offline")
-    pseudo_labels: str = setting(
-        None, "another teacher's answers, .csv (file,label[,confidence]) or .npz, see README.md"
-    )
+    pseudo_labels: str = setting(None, "another teacher's answers: .csv (file,label[,confidence]) or .npz, see README")
     cache: str = setting("~/.cache/tclip", "folder that keeps CLIP's image features: CLIP sees an image once")
     no_cache: bool = setting(False, "do not keep CLIP's image features")
     size: int = setting(None, "side of the student's images, in pixels", low=8, high=1024)
@@ -1005,20 +1003,22 @@ def square(image, size, by="bicubic", fit="shortest"):
 
     by: "bicubic" or "bilinear". fit: "shortest", or "squash" for both sides to `size`.
     """
-    from torchvision.transforms import functional as TF
+    image, short = image.convert("RGB"), min(image.size)
+    if max(image.size) > 16 * short:  # a line, scaled until it is `size` high, would take gigabytes
+        image = centre(image, *(min(side, 16 * short) for side in image.size))
+    shape = [size if fit == "squash" else size * side // short for side in image.size]
+    image = centre(image.resize(shape, Image.Resampling[by.upper()]), size, size)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    image = image.convert("RGB")
-    longest = 16 * min(image.size)  # a line, scaled until it is `size` high, would take gigabytes: its middle will do
-    image = TF.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-    image = TF.resize(image, [size, size] if fit == "squash" else size, TF.InterpolationMode(by))
-    return TF.pil_to_tensor(TF.center_crop(image, size))
+
+def centre(image, width, height):
+    """The middle of a PIL image, as torchvision's CenterCrop finds it."""
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 class Squares:
-    """Item i of a data set of (PIL image, label): i, label, uint8 arrays by the functions `prepare`, what failed.
-
-    (Tensors would come from the workers through shared memory, of which containers have little.)
-    """
+    """Item i of a data set of (PIL image, label): i, label, uint8 arrays by the functions `prepare`, what failed."""
 
     def __init__(self, dataset, prepare):
         self.dataset, self.prepare = dataset, prepare
@@ -1029,6 +1029,16 @@ class Squares:
             return i, label, [prepare(image).numpy() for prepare in self.prepare], ""
         except Exception as error:  # Pillow raises a dozen kinds
             return i, -1, [], first_line(error)
+
+    @staticmethod
+    def batch(items):
+        """Of what could be read: numbers, labels and arrays, as many as `prepare`; of what not: numbers and reasons.
+
+        (Tensors would come from the workers through shared memory, of which containers have little.)
+        """
+        good = [item[:3] for item in items if not item[3]]
+        index, labels, views = zip(*good) if good else ((), (), ())
+        return index, labels, [np.stack(view) for view in zip(*views)], [(i, why) for i, _, _, why in items if why]
 
 
 class PixelFile:
@@ -1081,25 +1091,22 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun: so many processes share them
     loader = torch.utils.data.DataLoader(
-        squares, 128, sampler=own, collate_fn=list, worker_init_fn=ignore_interrupts,
+        squares, 128, sampler=own, collate_fn=Squares.batch, worker_init_fn=ignore_interrupts,
         num_workers=min(cores, 16) if len(own) > 2000 else 0,  # workers take seconds to start
     )  # fmt: skip
     kept, truth, rows, failed = [], [], [], []
     bar = tqdm(total=len(own), desc=title, unit="image", disable=rank() > 0 or None)  # None: where there is no terminal
-    for items in loader:
-        bar.update(len(items))
-        failed += [(i, reason) for i, _, _, reason in items if reason]
+    for index, labels, views, unreadable in loader:
+        bar.update(len(index) + len(unreadable))
+        failed += unreadable
         if strict and failed:
             raise UserError(f"cannot read {names[failed[0][0]]}: {failed[0][1]}")
-        good = [(i, label, views) for i, label, views, reason in items if not reason]
-        if good:
-            index, labels, views = zip(*good)
-            views = [torch.from_numpy(np.stack(view)) for view in zip(*views)]
-            pixels[len(kept) : len(kept) + len(good)] = views[0]
+        if index:
+            pixels[len(kept) : len(kept) + len(index)] = torch.from_numpy(views[0])
             kept += [names[i] for i in index]
             truth += labels
             if encode:
-                rows.append(encode(views[1]).cpu())
+                rows.append(encode(torch.from_numpy(views[1])).cpu())
     bar.close()
     if not kept:
         first = f", such as {names[failed[0][0]]}: {failed[0][1]}" if failed else ""
@@ -1157,15 +1164,14 @@ class Teacher:
 def load_clip(name="offline", device="cpu"):
     """A Teacher from its name, in half precision on CUDA and float32 elsewhere.
 
-    name: "offline", the small CLIP beside the tutorials, that knows digits only; "ViT-B/32" and the like, OpenAI's
-    weights, through the package `clip` where it is installed and through open_clip otherwise; "arch:tag" or
+    name: "offline", the small CLIP beside the tutorials, that knows digits only; one of OPENAI_CLIP; "arch:tag" or
     "arch:FILE", a model of open_clip; or the path of a state_dict in OpenAI's format.
     UserError: unknown name, no network, cut-off download, unreadable file.
     """
     device = torch.device(device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     if ":" in name and not Path(name).is_file():
-        model, tokenize = open_clip_model(name, dtype, device)
+        model, tokenize = open_clip_model(name, device)
     else:
         model, tokenize = openai_clip_model(name, device)
     model = model.to(device).eval()
@@ -1222,7 +1228,7 @@ def openai_clip_model(name, device):
         return open_clip.load_openai_model(file.stem.removesuffix("px"), device=device), tokenize
 
 
-def open_clip_model(name, dtype, device):
+def open_clip_model(name, device):
     """A model of open_clip by its "arch:tag" or "arch:FILE": (model, tokenize)."""
     import open_clip
 
@@ -1232,7 +1238,7 @@ def open_clip_model(name, dtype, device):
         tags = [other for other in known if other.startswith(f"{arch}:")]
         raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, tags or known)}")
     preset = open_clip.get_pretrained_cfg(arch, tag)
-    precision = "fp16" if dtype == torch.float16 else "fp32"
+    precision = "fp16" if device.type == "cuda" else "fp32"
     quick_gelu = preset.get("quick_gelu", False)  # open_clip only warns when weights trained with it run without it
     remedy = (
         f"Without network, copy the weights of {preset.get('hf_hub') or preset.get('url')} from elsewhere and name "
@@ -1346,9 +1352,8 @@ def class_numbers(labels, classes, path):
 def read_pseudo_labels(path, classes=None):
     """Another teacher's answers. Returns (file names, class names, probs float32 (N, C)).
 
-    path: .npz with files (N,), classes (C,) and probs (N, C), or .csv with the columns file, label and maybe
-    confidence, of which the rest is spread evenly over the other classes. classes: names to put the columns in order
-    of; None: those of the file. UserError: unreadable, doubled files, other classes, what is no probability.
+    path: see read_npz() for .npz, read_labels() for .csv; what a confidence lacks to 1 is spread evenly over the other
+    classes. classes: names to put the columns in order of; None: those of the file. UserError: other classes.
     """
     if Path(path).suffix == ".npz":
         files, own, probs = read_npz(path)
@@ -1439,11 +1444,6 @@ def write_whole(path, write):
         raise UserError(f"cannot write {path}: {first_line(error)}") from error
 
 
-def write_json(path, value):
-    """Plain types as an indented json file."""
-    write_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=1) + "\n"))
-
-
 def write_csv(path, rows):
     """Rows (an iterable of dicts with the same keys) as a csv file with a header; no spreadsheet sees a formula."""
 
@@ -1480,13 +1480,8 @@ def parse(argv):
         def error(self, message):
             raise UserError(message)
 
-    summary, usage = __doc__.split("\n\n")[0::2][:2]
-    parser = Parser(
-        "tclip",
-        description=f"{summary}\n\n{usage}",
-        formatter_class=argparse.RawTextHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # of what is not given, Config knows the default
-    )
+    summary, _, usage, *_ = __doc__.split("\n\n")
+    parser = Parser("tclip", description=f"{summary}\n\n{usage}", formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(Config):
         text, choices = f.metadata["help"].replace("%", "%%"), f.metadata["choices"]
         if choices:
@@ -1496,6 +1491,7 @@ def parse(argv):
         elif f.default is not None and f.type is not bool:
             text += f" [{f.default}]"
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
+        kind["default"] = argparse.SUPPRESS  # Config knows it
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **kind)
     parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
     parser.add_argument("--predict", metavar="PATH", help="name the images in this folder, or this one, by --model")
@@ -1505,7 +1501,7 @@ def parse(argv):
     for name, value in given.items():
         if value == "":  # of a shell variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty")
-    action = {name: given.pop(name, None) for name in ("resume", "predict", "model", "export")}
+    action = {name: given.pop(name) for name in ("resume", "predict", "model", "export")}
     if bool(action["model"]) != bool(action["predict"] or action["export"]):
         raise UserError("--model FILE goes with --predict PATH or --export onnx, and they with it")
     resumed = action["resume"]
@@ -1618,7 +1614,7 @@ def run(config, resume=False):
             annotator = clip_annotator(config, classes, device)
     out.mkdir(parents=True, exist_ok=True)
     if not resume and rank() == 0:
-        write_json(out / "config.json", asdict(config))
+        write_whole(out / "config.json", lambda draft: draft.write_text(json.dumps(asdict(config), indent=1)))
 
     options = *annotator, config.strict or not config.images, config.memory, out
     pixels, names, truth, probs, skipped = read_images(unlabeled, config.size, *options, "unlabeled images")
@@ -1631,12 +1627,12 @@ def run(config, resume=False):
     student, labels = train(config, Images(pixels, names, classes, truth), probs, out)
 
     # From here on the images of all ranks, in the order of the data set.
-    position = {name: i for i, name in enumerate(names_of(unlabeled))}
-    rows = torch.tensor(of_all_ranks([position[name] for name in names]))
+    row, names = {name: i for i, name in enumerate(names_of(unlabeled))}, of_all_ranks(names)
+    order = torch.tensor([row[name] for name in names]).argsort()
     parts = probs, balance(probs), labels.table, predict(student, pixels), truth
-    probs, balanced, table, student_probs, truth = (everyone(part).cpu()[rows.argsort()] for part in parts)
-    rows, names = rows.sort().values.tolist(), sorted(of_all_ranks(names), key=position.get)
-    pixels = pixels if ranks() == 1 else ReadAgain(unlabeled, rows, config.size)
+    probs, balanced, table, student_probs, truth = (everyone(part).cpu()[order] for part in parts)
+    names = [names[i] for i in order]
+    pixels = pixels if ranks() == 1 else ReadAgain(unlabeled, [row[name] for name in names], config.size)
 
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kind = kind if ranks() == 1 else f"{ranks()} x {kind}"
@@ -1667,7 +1663,7 @@ def write_results(config, images, probs, table, student, student_probs, summary,
     write_csv(out / "labels.csv", (dict(zip(columns, row)) for row in rows))
     model = dict(arch=config.arch, size=config.size, classes=classes, student=student.state_dict())
     write_whole(out / "model.pt", partial(torch.save, model))
-    write_json(out / "summary.json", summary)
+    write_whole(out / "summary.json", lambda draft: draft.write_text(json.dumps(summary, indent=1)))
     try:
         import tclip_report
     except ImportError:  # tclip.py was copied alone
