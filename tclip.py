@@ -845,6 +845,7 @@ def with_the(*templates):
 # are torchvision's own, and of caltech101's templates only a few are taken.
 NUMERALS = tuple("0123456789")
 NUMBER_PROMPT = ('a photo of the number: "{}".',)
+PHOTO_PROMPTS = with_the("a photo of a {}.")
 SMALL_PHOTO_PROMPTS = with_the(
     *(f"a {kind}photo of a {{}}." for kind in ("", "blurry ", "black and white ", "low contrast ", "high contrast ")),
     *("a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}."),
@@ -861,9 +862,7 @@ DATASETS = {
     ),
     "cifar10": Recipe("CIFAR10", SMALL_PHOTO_PROMPTS, **BY_FLAG),
     "cifar100": Recipe("CIFAR100", SMALL_PHOTO_PROMPTS, **BY_FLAG),
-    "stl10": Recipe(
-        "STL10", with_the("a photo of a {}."), train=({"split": "train+unlabeled"},), size=96, class_prior="none"
-    ),
+    "stl10": Recipe("STL10", PHOTO_PROMPTS, train=({"split": "train+unlabeled"},), size=96, class_prior="none"),
     "eurosat": Recipe(
         "EuroSAT", ("a centered satellite photo of {}.",) + with_the("a centered satellite photo of a {}."),
         ("annual crop land", "forest", "brushland or shrubland", "highway or road",
@@ -891,7 +890,7 @@ DATASETS = {
         "Caltech101", with_the("a photo of a {}.", "a drawing of a {}."), **UNDIVIDED, size=128, class_prior="none"
     ),
 }  # fmt: skip
-OWN_IMAGES = Recipe(None, with_the("a photo of a {}."), size=None, class_prior="none")
+OWN_IMAGES = Recipe(None, PHOTO_PROMPTS, size=None, class_prior="none")
 FROM_RECIPE = ("clip", "size", "arch", "views", "class_prior")  # settings that are the recipe's where they are None
 
 
@@ -1081,7 +1080,7 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
 
     prepare: PIL image -> uint8 (3, S, S), as the teacher wants it; encode: (B, 3, S, S) of these -> (B, K) rows, such
     as features. strict: raise UserError at the first unreadable file. Otherwise these are listed in skipped.csv in
-    `folder`, where beyond `memory` gigabytes also the pixels lie.
+    `folder`, where the pixels lie as well if they take more than `memory` gigabytes.
     Returns (pixels, names, truth, rows or None, what all ranks have skipped as dicts of file and reason).
     """
     own, names = share_of(len(source)), names_of(source)
@@ -1095,7 +1094,7 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
         num_workers=min(cores, 16) if len(own) > 2000 else 0,  # workers take seconds to start
     )  # fmt: skip
     kept, truth, rows, failed = [], [], [], []
-    bar = tqdm(total=len(own), desc=title, unit="image", disable=rank() > 0 or None)  # None: where there is no terminal
+    bar = tqdm(total=len(own), desc=title, unit="image", disable=rank() > 0 or None)  # None: shown on a terminal alone
     for index, labels, views, unreadable in loader:
         bar.update(len(index) + len(unreadable))
         failed += unreadable
@@ -1620,7 +1619,7 @@ def run(config, resume=False):
     pixels, names, truth, probs, skipped = read_images(unlabeled, config.size, *options, "unlabeled images")
     if heldout:
         unseen, _, unseen_truth, unseen_probs, _ = read_images(heldout, config.size, *options, "held-out images")
-    del annotator, options  # CLIP's memory
+    del annotator, options  # frees CLIP's memory
     if config.pseudo_labels:
         probs = match(of_all_ranks(names), files, answers).split(of_all_ranks([len(names)]))[rank()]
 
@@ -1715,7 +1714,7 @@ def main(argv=None):
             summary = run(config, bool(action["resume"]))
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
         if not stops_first():
-            return 1  # what was raised here is that another rank is gone
+            return 1  # another rank has said why, or what was raised here is that it is gone
         if isinstance(error, RuntimeError):
             raise
         if isinstance(error, KeyboardInterrupt):
