@@ -16,7 +16,8 @@ Method: Huang, Chen, Yang, Xie, Pu, Zhuang, "Transductive CLIP with Class-Condit
 ICASSP 2022, arXiv 2206.06177. The equations, weights and schedule are our reading of it: see README.md.
 
 The method: settings / pseudo-labels / class-conditional contrastive loss / ensemble labels / augmentation / student /
-several devices / training / prediction and evaluation. Around it: images / teachers / files / command line.
+training / prediction and evaluation. Around it: several devices / images / teachers / files / command line. Ranks are
+the processes of "several devices": one, where torchrun did not start more.
 text_classifier, zero_shot_probs, class_conditional_contrastive_loss and EnsembleLabels (with the five functions above
 it) need torch and nothing else of this file: copy them out alone.
 """
@@ -42,7 +43,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -82,10 +83,7 @@ class Config:
     strict: bool = setting(False, "stop at the first file that is no readable image")
     memory: float = setting(8.0, "gigabytes of pixels that a set of images may take; more lie on disk", low=0.0)
     clip: str = setting(None, "teacher: ViT-B/32 and the like, arch:tag of open_clip, a state_dict file, or offline")
-    pseudo_labels: str = setting(
-        None,
-        "another teacher's answers, in place of --clip: .npz (files, classes, probs) or .csv (file,label[,confidence])",
-    )
+    pseudo_labels: str = setting(None, "another teacher's answers: .csv (file,label[,confidence]) or .npz, see README")
     cache: str = setting("~/.cache/tclip", "folder that keeps CLIP's image features: CLIP sees an image once")
     no_cache: bool = setting(False, "do not keep CLIP's image features")
     size: int = setting(None, "side of the student's images, in pixels", low=8, high=1024)
@@ -102,9 +100,7 @@ class Config:
     label_momentum: float = setting(0.5, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
     class_prior: str = setting(None, "uniform where the classes are about equally frequent", ("uniform", "none"))
     label_neighbours: int = setting(20, "images whose predictions make an ensemble label; 0: only its own", low=0)
-    label_sharpness: float = setting(
-        2.0, "power of the predictions before they are mixed in; 1: as they are", low=0.1, high=10
-    )
+    label_sharpness: float = setting(2.0, "power of the predictions before they are mixed in", low=0.1, high=10)
     seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
@@ -112,18 +108,18 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata
-            flag = f"--{f.name.replace('_', '-')} {value}"
+            value, (_, choices, low, high) = getattr(self, f.name), f.metadata.values()
             if value is None:
                 continue
-            if limits["choices"] and value not in limits["choices"]:
-                raise UserError(f"{flag}: choose from {', '.join(limits['choices'])}")
+            flag = f"--{f.name.replace('_', '-')} {value}"
+            if choices and value not in choices:
+                raise UserError(f"{flag}: choose from {', '.join(choices)}")
             if f.type in (int, float) and not math.isfinite(value):
                 raise UserError(f"{flag}: must be finite")
-            if limits["low"] is not None and value < limits["low"]:
-                raise UserError(f"{flag}: must be at least {limits['low']}")
-            if limits["high"] is not None and value > limits["high"]:
-                raise UserError(f"{flag}: must be at most {limits['high']}")
+            if low is not None and value < low:
+                raise UserError(f"{flag}: must be at least {low}")
+            if high is not None and value > high:
+                raise UserError(f"{flag}: must be at most {high}")
 
 
 def nearest(name, known):
@@ -466,115 +462,6 @@ def resnet8(size):
 
 
 # ======================================================================================================================
-# Several devices: torchrun starts this program once for each, as rank 0, 1, ..., W - 1. Each rank has a copy of the
-# student, a W-th of the images and their labels. In a step they exchange gradients and what the contrastive loss
-# compares; after an epoch, the little that the labels need of each other (everyone() above). Rank 0 alone speaks and
-# writes. Where one process runs, all of this does nothing: skip it on first reading.
-# ======================================================================================================================
-
-
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
-
-
-def ranks():
-    """How many processes train the student together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    """Number of this process; 0 where it is alone."""
-    return dist.get_rank() if ranks() > 1 else 0
-
-
-@contextmanager
-def joined_ranks(device):
-    """Within it, the processes that torchrun has started work together: one GPU each, or CPUs.
-
-    UserError: there are fewer GPUs than processes on this machine, or it is another kind of device.
-    """
-    if not LAUNCHED:
-        yield
-        return
-    if device.type == "cuda":
-        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if gpu >= gpus:
-            raise UserError(f"torchrun needs a GPU for each process, and there are {gpus}: --nproc_per_node={gpus}")
-        torch.cuda.set_device(gpu)
-    elif device.type != "cpu":
-        raise UserError(f"torchrun needs --device cuda or cpu, not {device.type}")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # one may be at a download
-    dist.barrier()  # nobody writes before all have looked into the folder of the results
-    yield
-    dist.destroy_process_group()  # not after an error: it would wait for the others
-
-
-def stops_first():
-    """Whether this process is the first to stop. It has to say why; the others only stop because it is gone."""
-    if not LAUNCHED:
-        return True
-    store, _, _ = next(dist.rendezvous("env://"))
-    return store.add("stopped", 1) == 1
-
-
-@contextmanager
-def first_alone():
-    """Let the first process of each machine do what follows before the others do: a download, for one."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if ranks() > 1 and not first:
-        dist.barrier()
-    yield
-    if ranks() > 1 and first:
-        dist.barrier()
-
-
-def of_all_ranks(value):
-    """What each rank has for this plain value: a list in the order of the ranks."""
-    values = [value] * ranks()
-    if ranks() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def whole_batch(z, targets):
-    """z (2B, D) and targets (B, C) of all ranks: (2WB, D) and (WB, C), where i and i + WB are the views of one image.
-
-    Of z, the rows of this rank alone carry a gradient. Every rank computes the one loss of the whole batch, and DDP
-    takes the mean of their gradients: W times the loss has the gradient of the whole.
-    """
-    if ranks() == 1:
-        return z, targets
-
-    def gather(x):
-        parts = [torch.empty_like(x) for _ in range(ranks())]
-        dist.all_gather(parts, x.contiguous())
-        return parts
-
-    parts = gather(z.detach())
-    parts[rank()] = z
-    first, second = zip(*(part.chunk(2) for part in parts))
-    return torch.cat(first + second), torch.cat(gather(targets))
-
-
-def data_parallel(student):
-    """The student as a model whose gradients are the mean over the ranks. On GPUs, BatchNorm takes the statistics of
-    the whole batch; on CPUs, for which torch has no SyncBatchNorm, each rank takes those of its own part."""
-    if ranks() == 1:
-        return student
-    if next(student.parameters()).is_cuda:
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
-
-
-def average_statistics(student):
-    """Give all ranks the mean of their BatchNorms' running statistics, so that their students answer alike."""
-    for buffer in student.buffers() if ranks() > 1 else ():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= ranks()
-
-
-# ======================================================================================================================
 # Training
 # ======================================================================================================================
 
@@ -605,32 +492,27 @@ def train(config, images, probs, out=None, on_epoch=None):
                 already, training goes on from it; on a CPU to the bit as if it had never stopped.
     on_epoch    called after each epoch with its row of metrics.csv (a dict), the student and the EnsembleLabels
     Returns (student, labels). With several ranks, images, probs and labels are those of this rank.
-    UserError: the loss is not finite; the checkpoint cannot be read; the batch is smaller than the number of ranks.
+    UserError: the loss is not finite; the checkpoint cannot be read.
     """
-    if config.batch_size < ranks():
-        raise UserError(f"--batch-size {config.batch_size} is less than one image for each of {ranks()} processes")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     student = Student(config.arch, len(images.classes), config.size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
-    balanced = config.class_prior == "uniform"
-    labels = EnsembleLabels(
-        probs.to(device), config.label_momentum, config.label_neighbours, config.label_sharpness, balanced
-    )
+    rule = config.label_momentum, config.label_neighbours, config.label_sharpness, config.class_prior == "uniform"
+    labels = EnsembleLabels(probs.to(device), *rule)
     checkpoint = Checkpoint(config, images, out, student, optimizer, labels)
     history = checkpoint.restore()
-    if len(set(of_all_ranks(len(history)))) > 1:
-        raise UserError(
-            f"not all processes see the same {out}: on several machines it must be a folder that they share"
-        )
     pixels, first_labels = place(images.pixels, device), probs.argmax(1).to(device)
     model = data_parallel(student)
     model = torch.compile(model) if config.compile else model
-    longest = max(of_all_ranks(len(pixels)))  # all ranks take equal steps
-    steps = math.ceil(longest / (config.batch_size // ranks()))  # an epoch
+    longest = max(of_all_ranks([len(pixels)]))  # all ranks take equal steps
+    steps = math.ceil(longest / max(1, config.batch_size // ranks()))  # an epoch
 
-    bar = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="student", unit="step", disable=quiet())
-    for epoch in range(len(history), config.epochs):
+    done = len(history)
+    bar = tqdm(
+        total=config.epochs * steps, initial=done * steps, desc="student", unit="step", disable=rank() > 0 or None
+    )
+    for epoch in range(done, config.epochs):
         started = time.time()
         # The draws of an epoch depend on no earlier one, and differ from rank to rank.
         torch.manual_seed(config.seed + 1_000_003 * (epoch + 1) + 15_485_863 * rank())
@@ -638,7 +520,8 @@ def train(config, images, probs, out=None, on_epoch=None):
         order = order[torch.arange(longest, device=pixels.device) % len(order)]  # a shorter one begins anew
         batches = order.tensor_split(steps)
         cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar)
-        average_statistics(student)
+        for statistic in student.buffers():  # BatchNorm's: from here on the same on all ranks
+            statistic.copy_(total(statistic) / ranks())
         labels.end_epoch()
         row = dict(
             epoch=epoch + 1,
@@ -695,38 +578,39 @@ class Checkpoint:
 
     def __init__(self, config, images, out, student, optimizer, labels):
         self.folder, self.student, self.optimizer, self.labels = out, student, optimizer, labels
-        self.own_names, self.names = images.names, sum(of_all_ranks(images.names), [])
-        self.settings = asdict(replace(config, out=None, device="auto", cache="", no_cache=False, memory=0.0))
-        read = "\0".join(sorted(self.names) + images.classes).encode()
-        self.settings["images read"] = hashlib.blake2b(read).hexdigest()
+        self.own_names, self.names = images.names, of_all_ranks(images.names)
+        free = dict(out=None, device="auto", cache="", no_cache=False, memory=0.0)  # it may go on with others of these
+        self.settings = asdict(replace(config, **free)) | dict(classes=images.classes)
 
     def restore(self):
         """Put back what was saved, where something was. Returns the rows of metrics.csv up to then."""
         file = self.folder and self.folder / "checkpoint.pt"
-        if not file or not file.exists():
+        there = of_all_ranks([bool(file) and file.exists()])
+        if not any(there):
             return []
+        if not all(there):
+            raise UserError(f"not all processes see {file}: on several machines it must be in a folder that they share")
         state = read_tensors(file)
-        try:
-            if state["settings"] != self.settings:
+        with as_user_error(f"{file} is of another run", KeyError, TypeError, ValueError, RuntimeError):
+            row = {name: i for i, name in enumerate(state["names"])}
+            if state["settings"] != self.settings or row.keys() != set(self.names):
                 raise ValueError("its settings or its images are others")
             self.student.load_state_dict(state["student"])
             self.optimizer.load_state_dict(state["optimizer"])
-            row = {name: i for i, name in enumerate(state["names"])}
             own, device = [row[name] for name in self.own_names], self.labels.table.device
             self.labels.start, self.labels.table = (state[key][own].to(device) for key in ("first_labels", "labels"))
             self.labels.trust = state["history"][-1]["trust"]
-            return state["history"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{file} is of another run: {first_line(error)}") from error
+        return state["history"]
 
     def save(self, history):
         """Write checkpoint.pt, and metrics.csv with the rows `history`."""
         if not self.folder:
             return
         state = dict(first_labels=everyone(self.labels.start), labels=everyone(self.labels.table), names=self.names)
-        state.update(student=self.student.state_dict(), optimizer=self.optimizer.state_dict())
+        state |= dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict())
         if rank() == 0:
-            save_tensors(self.folder / "checkpoint.pt", state | dict(history=history, settings=self.settings))
+            state |= dict(history=history, settings=self.settings)
+            write_whole(self.folder / "checkpoint.pt", partial(torch.save, state))
             write_csv(self.folder / "metrics.csv", history)
 
 
@@ -763,8 +647,8 @@ def has_fast_bfloat16(device):
 
 
 # ======================================================================================================================
-# Prediction and evaluation. Images.truth is read by evaluate() and score() alone. (open_dataset() stratifies the
-# held-out fifth of some data sets by the labels; training does not see them.)
+# Prediction and evaluation. Images.truth is read here alone. (open_dataset() stratifies the held-out fifth of some data
+# sets by the labels; training does not see them.)
 # ======================================================================================================================
 
 
@@ -773,7 +657,8 @@ def predict(student, pixels, batch_size=1024):
     """Class probabilities, float32 (N, C) on the CPU, of uint8 pixels (N, 3, H, W) on any device. No augmentation."""
     device = next(student.parameters()).device
     student.eval()
-    return torch.cat([student(x.to(device).float() / 255)[0].softmax(1).cpu() for x in pixels.split(batch_size)])
+    batches = (pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size))
+    return torch.cat([student(x.to(device).float() / 255)[0].softmax(1).cpu() for x in batches])
 
 
 def score(probs, truth):
@@ -783,12 +668,12 @@ def score(probs, truth):
     [0, 1], or None where there is nothing to count. confusion[t, p]: how many images of class t are called p.
     """
     classes = probs.shape[1]
-    known = torch.zeros(len(probs), dtype=torch.bool) if truth is None else truth >= 0
-    cells = (truth[known] * classes + probs.argmax(1)[known]) if truth is not None else torch.empty(0).long()
+    truth = torch.full((len(probs),), -1) if truth is None else truth
+    cells = (truth * classes + probs.argmax(1))[truth >= 0]
     confusion = cells.bincount(minlength=classes**2).view(classes, classes)
     right, total = confusion.diag(), confusion.sum(1)
     return dict(
-        accuracy=right.sum().item() / total.sum().item() if known.any() else None,
+        accuracy=right.sum().item() / len(cells) if len(cells) else None,
         per_class=[r / t if t else None for r, t in zip(right.tolist(), total.tolist())],
         confusion=confusion,
     )
@@ -800,8 +685,126 @@ def evaluate(student, images):
 
 
 # ======================================================================================================================
-# That was the method. What follows brings images and teachers to it, and results to files.
+# That was the method. What follows brings images and teachers to it, several devices, and results to files.
 #
+# Several devices: torchrun starts this program once for each, as rank 0, 1, ..., W - 1. Each rank has a copy of the
+# student, a W-th of the images and their labels. In a step they exchange gradients and what the contrastive loss
+# compares; after an epoch, the little that the labels need of each other (everyone() above). Rank 0 alone speaks and
+# writes. Where one process runs, all of this does nothing: skip it on first reading.
+# ======================================================================================================================
+
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
+
+
+def ranks():
+    """How many processes train the student together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process; 0 where it is alone."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+@contextmanager
+def joined_ranks(device):
+    """Within it, the processes that torchrun has started work together: one GPU each, or CPUs.
+
+    UserError: there are fewer GPUs than processes on this machine, or it is another kind of device.
+    """
+    if not LAUNCHED:
+        yield
+        return
+    if device.type == "cuda":
+        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if gpu >= gpus:
+            raise UserError(f"torchrun needs a GPU for each process, and there are {gpus}: --nproc_per_node={gpus}")
+        torch.cuda.set_device(gpu)
+    elif device.type != "cpu":
+        raise UserError(f"torchrun needs --device cuda or cpu, not {device.type}")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # one may be at a download
+    dist.barrier()  # nobody writes before all have looked into the folder of the results
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for the others
+
+
+def stops_first():
+    """Whether this process is the first to stop. It has to say why; the others only stop because it is gone."""
+    if not LAUNCHED:
+        return True
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store.add("stopped", 1) == 1
+
+
+@contextmanager
+def first_alone():
+    """Let the first process of each machine do what follows before the others do: a download, for one."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if ranks() > 1 and not first:
+        dist.barrier()
+    yield
+    if ranks() > 1 and first:
+        dist.barrier()
+
+
+def of_all_ranks(values):
+    """The lists of plain values that the ranks have, as one, rank 0's first."""
+    lists = [values] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(lists, values)
+    return sum(lists, [])
+
+
+def whole_batch(z, targets):
+    """z (2B, D) and targets (B, C) of all ranks: (2WB, D) and (WB, C), where i and i + WB are the views of one image.
+
+    Of z, the rows of this rank alone carry a gradient. Every rank computes the one loss of the whole batch, and DDP
+    takes the mean of their gradients: W times the loss has the gradient of the whole.
+    """
+    if ranks() == 1:
+        return z, targets
+
+    def gather(x):
+        parts = [torch.empty_like(x) for _ in range(ranks())]
+        dist.all_gather(parts, x.contiguous())
+        return parts
+
+    parts = gather(z.detach())
+    parts[rank()] = z
+    first, second = zip(*(part.chunk(2) for part in parts))
+    return torch.cat(first + second), torch.cat(gather(targets))
+
+
+def data_parallel(student):
+    """The student as a model whose gradients are the mean over the ranks. On GPUs, BatchNorm takes the statistics of
+    the whole batch; on CPUs, for which torch has no SyncBatchNorm, each rank takes those of its own part."""
+    if ranks() == 1:
+        return student
+    if next(student.parameters()).is_cuda:
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+
+
+def share_of(n):
+    """Which of n images this rank reads: a list of a W-th of the numbers, in order."""
+    # At random: every second file of a folder may be no image, every tenth image of a data set of one class.
+    mixed = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return mixed[rank() :: ranks()].sort().values.tolist()
+
+
+class ReadAgain:
+    """Pixels of the images `rows` of a data set, read when they are asked for: few are, for the report."""
+
+    def __init__(self, source, rows, size):
+        self.source, self.rows, self.size = source, rows, size
+
+    def __getitem__(self, index):
+        """uint8 (n, 3, size, size) of the images at `index`, int64 (n,)."""
+        return torch.stack([square(self.source[self.rows[i]][0], self.size) for i in index.tolist()])
+
+
+# ======================================================================================================================
 # Images: a folder, or an entry of a table of data sets; read once, for the student and for CLIP in the same pass
 # ======================================================================================================================
 
@@ -811,17 +814,17 @@ class Recipe:
     """What to know of a data set: where it comes from, how CLIP is asked, what student suits it.
 
     source    class of torchvision.datasets, or a function of (root, download) that gives such a data set
-    train     keyword arguments for the unlabeled images, one dict for each part, which are joined
-    test      the same for the held-out images; empty: a fixed fifth of `train`, stratified, is held out
     templates prompts, "{}" stands for the class name
     classes   names CLIP is asked for, in the order of the labels; None: the data set's own
+    train     keyword arguments for the unlabeled images, one dict for each part, which are joined
+    test      the same for the held-out images; empty: a fixed fifth of `train`, stratified, is held out
     """
 
     source: str | Callable
-    train: tuple
-    test: tuple
     templates: tuple
     classes: tuple = None
+    train: tuple = ({"split": "train"},)
+    test: tuple = ({"split": "test"},)
     size: int = 32
     arch: str = "resnet18"
     views: str = "photo"
@@ -848,69 +851,61 @@ def with_the(*templates):
 
 # Class names and templates are those of openai/CLIP, data/prompts.md, where it has the data set. Names not listed here
 # are torchvision's own, and of caltech101's templates only a few are taken.
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUMERALS = tuple("0123456789")
 NUMBER_PROMPT = ('a photo of the number: "{}".',)
+PHOTO_PROMPTS = with_the("a photo of a {}.")
 SMALL_PHOTO_PROMPTS = with_the(
     *(f"a {kind}photo of a {{}}." for kind in ("", "blurry ", "black and white ", "low contrast ", "high contrast ")),
     *("a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}."),
 )
-
-
-TRAIN, TEST = ({"train": True},), ({"train": False},)
-SPLIT_TRAIN, SPLIT_TEST = ({"split": "train"},), ({"split": "test"},)
-SPLIT_TRAIN_VAL = ({"split": "train"}, {"split": "val"})
+BY_FLAG = dict(train=({"train": True},), test=({"train": False},))
+WITH_VAL = ({"split": "train"}, {"split": "val"})
+UNDIVIDED = dict(train=({},), test=())
 
 DATASETS = {
     "digits": Recipe(
-        HandwrittenDigits, ({},), (),
-        NUMBER_PROMPT + ("a photo of the digit {}.", "the handwritten digit {}."), NUMBER_WORDS,
-        size=16, arch="resnet8", views="writing", clip="offline",
+        HandwrittenDigits, NUMBER_PROMPT + ("a photo of the digit {}.", "the handwritten digit {}."),
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+        **UNDIVIDED, size=16, arch="resnet8", views="writing", clip="offline",
     ),
-    "cifar10": Recipe("CIFAR10", TRAIN, TEST, SMALL_PHOTO_PROMPTS),
-    "cifar100": Recipe("CIFAR100", TRAIN, TEST, SMALL_PHOTO_PROMPTS),
-    "stl10": Recipe(
-        "STL10", ({"split": "train+unlabeled"},), SPLIT_TEST, with_the("a photo of a {}."), size=96, class_prior="none"
-    ),
+    "cifar10": Recipe("CIFAR10", SMALL_PHOTO_PROMPTS, **BY_FLAG),
+    "cifar100": Recipe("CIFAR100", SMALL_PHOTO_PROMPTS, **BY_FLAG),
+    "stl10": Recipe("STL10", PHOTO_PROMPTS, train=({"split": "train+unlabeled"},), size=96, class_prior="none"),
     "eurosat": Recipe(
-        "EuroSAT", ({},), (),
-        ("a centered satellite photo of {}.",) + with_the("a centered satellite photo of a {}."),
-        (
-            "annual crop land", "forest", "brushland or shrubland", "highway or road",
-            "industrial buildings or commercial buildings", "pasture land", "permanent crop land",
-            "residential buildings or homes or apartments", "river", "lake or sea",
-        ),
-        size=64, views="overhead",
+        "EuroSAT", ("a centered satellite photo of {}.",) + with_the("a centered satellite photo of a {}."),
+        ("annual crop land", "forest", "brushland or shrubland", "highway or road",
+         "industrial buildings or commercial buildings", "pasture land", "permanent crop land",
+         "residential buildings or homes or apartments", "river", "lake or sea"),
+        **UNDIVIDED, size=64, views="overhead",
     ),
-    "svhn": Recipe(
-        "SVHN", SPLIT_TRAIN, SPLIT_TEST, NUMBER_PROMPT, NUMERALS, views="street", class_prior="none"
-    ),
-    "mnist": Recipe("MNIST", TRAIN, TEST, NUMBER_PROMPT, NUMERALS, views="writing"),
+    "svhn": Recipe("SVHN", NUMBER_PROMPT, NUMERALS, views="street", class_prior="none"),
+    "mnist": Recipe("MNIST", NUMBER_PROMPT, NUMERALS, **BY_FLAG, views="writing"),
     "fashionmnist": Recipe(
-        "FashionMNIST", TRAIN, TEST, with_the("a photo of a {}.", "a black and white photo of a {}."),
+        "FashionMNIST", with_the("a photo of a {}.", "a black and white photo of a {}."),
         ("t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        **BY_FLAG,
     ),
-    "food101": Recipe("Food101", SPLIT_TRAIN, SPLIT_TEST, ("a photo of {}, a type of food.",), size=128),
+    "food101": Recipe("Food101", ("a photo of {}, a type of food.",), size=128),
     "dtd": Recipe(
-        "DTD", SPLIT_TRAIN_VAL, SPLIT_TEST,
-        with_the(*(f"a photo of a {{}} {noun}." for noun in ("texture", "pattern", "thing", "object"))), size=128,
+        "DTD", with_the(*(f"a photo of a {{}} {noun}." for noun in ("texture", "pattern", "thing", "object"))),
+        train=WITH_VAL, size=128,
     ),
-    "flowers102": Recipe(
-        "Flowers102", SPLIT_TRAIN_VAL, SPLIT_TEST, ("a photo of a {}, a type of flower.",), size=128
-    ),
+    "flowers102": Recipe("Flowers102", ("a photo of a {}, a type of flower.",), train=WITH_VAL, size=128),
     "oxford-pets": Recipe(
-        "OxfordIIITPet", ({"split": "trainval"},), SPLIT_TEST, ("a photo of a {}, a type of pet.",), size=128
+        "OxfordIIITPet", ("a photo of a {}, a type of pet.",), train=({"split": "trainval"},), size=128
     ),
     "caltech101": Recipe(
-        "Caltech101", ({},), (), with_the("a photo of a {}.", "a drawing of a {}."), size=128, class_prior="none"
+        "Caltech101", with_the("a photo of a {}.", "a drawing of a {}."), **UNDIVIDED, size=128, class_prior="none"
     ),
 }  # fmt: skip
+OWN_IMAGES = Recipe(None, PHOTO_PROMPTS, size=None, class_prior="none")
 FROM_RECIPE = ("clip", "size", "arch", "views", "class_prior")  # settings that are the recipe's where they are None
-OWN_IMAGES = Recipe(None, (), (), with_the("a photo of a {}."), size=None, class_prior="none")
 
 
-def find_recipe(dataset):
-    """The entry of the table. UserError: there is none of that name."""
+def recipe_of(dataset, images=None):
+    """The entry of the table, or that for a folder of images. UserError: there is none of that name."""
+    if images:
+        return OWN_IMAGES
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}; there is: {nearest(dataset, DATASETS)}")
     return DATASETS[dataset]
@@ -926,7 +921,7 @@ def open_dataset(dataset, root="data", split="train"):
         raise UserError(f"unknown split {split!r}; there is: train, test")
     import torchvision
 
-    recipe = find_recipe(dataset)
+    recipe = recipe_of(dataset)
     source = recipe.source if callable(recipe.source) else getattr(torchvision.datasets, recipe.source)
     remedy = (
         f"Without network, give the same command on another machine and copy its folder {root} here. If an earlier "
@@ -938,13 +933,13 @@ def open_dataset(dataset, root="data", split="train"):
     classes = list(recipe.classes or (name.replace("_", " ") for name in own))
     if own and len(own) != len(classes):
         raise UserError(f"{dataset} in {root} has {len(own)} classes, not {len(classes)}: was its unpacking cut off?")
-    if not recipe.test:  # no official split: hold out a fixed fifth
-        from sklearn.model_selection import train_test_split
+    if recipe.test:
+        return torch.utils.data.ConcatDataset(parts), classes
+    from sklearn.model_selection import train_test_split
 
-        labels = parts[0].targets if hasattr(parts[0], "targets") else parts[0].y
-        kept = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-        return torch.utils.data.Subset(parts[0], kept[split == "test"]), classes
-    return torch.utils.data.ConcatDataset(parts), classes
+    labels = parts[0].targets if hasattr(parts[0], "targets") else parts[0].y
+    kept = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    return torch.utils.data.Subset(parts[0], kept[split == "test"]), classes
 
 
 class Folder(torch.utils.data.Dataset):
@@ -964,9 +959,8 @@ class Folder(torch.utils.data.Dataset):
         else:
             every = sorted(root.rglob("*"))  # a folder counts as a file where its files are out of reach
             self.paths = [p for p in every if p.is_symlink() or not p.is_dir() or not os.access(p, os.R_OK)]
-        self.root = root.resolve()
+        self.root, self.labels = root.resolve(), {}
         self.names = [os.fsencode(p.relative_to(root).as_posix()).decode(errors="backslashreplace") for p in self.paths]
-        self.labels = {}
 
     def __len__(self):
         return len(self.paths)
@@ -1030,30 +1024,28 @@ def centre(image, width, height):
     return image.crop((left, top, left + width, top + height))
 
 
-class Squares(torch.utils.data.Dataset):
-    """Item i of a data set of (PIL image, label): uint8 arrays, one for each function in `prepare`; label; what failed.
-
-    "" if nothing did; otherwise the arrays are black.
-    """
+class Squares:
+    """Item i of a data set of (PIL image, label): i, label, uint8 arrays by the functions `prepare`, what failed."""
 
     def __init__(self, dataset, prepare):
         self.dataset, self.prepare = dataset, prepare
 
-    def __len__(self):
-        return len(self.dataset)
-
     def __getitem__(self, i):
         try:
-            (image, label), failed = self.dataset[i], ""
+            image, label = self.dataset[i]
+            return i, label, [prepare(image).numpy() for prepare in self.prepare], ""
         except Exception as error:  # Pillow raises a dozen kinds
-            image, label, failed = Image.new("RGB", (1, 1)), -1, first_line(error)
-        return [prepare(image).numpy() for prepare in self.prepare], label, failed
+            return i, -1, [], first_line(error)
 
     @staticmethod
-    def collate(items):
-        """A batch as numpy arrays. (Tensors would reach us through shared memory, of which containers have little.)"""
-        views, labels, failed = zip(*items)
-        return [np.stack(view) for view in zip(*views)], labels, failed
+    def batch(items):
+        """Of what could be read: numbers, labels and arrays, as many as `prepare`; of what not: numbers and reasons.
+
+        (Tensors would come from the workers through shared memory, of which containers have little.)
+        """
+        good = [item[:3] for item in items if not item[3]]
+        index, labels, views = zip(*good) if good else ((), (), ())
+        return index, labels, [np.stack(view) for view in zip(*views)], [(i, why) for i, _, _, why in items if why]
 
 
 class PixelFile:
@@ -1080,39 +1072,10 @@ class PixelFile:
         rows = index.numpy() if isinstance(index, Tensor) else index
         return torch.from_numpy(np.array(np.memmap(self.file, np.uint8, "r", shape=self.shape)[rows]))
 
-    def split(self, batch_size):
-        """The rows in order, a batch at a time."""
-        return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
-
 
 def names_of(source):
     """The name of each image of a data set: its own, or its position in the original data set."""
     return getattr(source, "names", None) or [f"{i:05d}" for i in getattr(source, "indices", range(len(source)))]
-
-
-def share_of(source):
-    """The images of a data set that this rank reads, a W-th of them. UserError: there are fewer images than ranks."""
-    if ranks() == 1:
-        return source
-    if len(source) < ranks():
-        raise UserError(f"{len(source)} images are too few for {ranks()} processes")
-    # At random: every second file of a folder may be no image, every tenth image of a data set of one class.
-    mixed = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
-    share = torch.utils.data.Subset(source, mixed[rank() :: ranks()].sort().values.tolist())
-    names = names_of(source)
-    share.names = [names[i] for i in share.indices]
-    return share
-
-
-class ReadAgain:
-    """Pixels of an ordered choice of images of a data set, read when they are asked for: few are, for the report."""
-
-    def __init__(self, source, rows, size):
-        self.source, self.rows, self.size = source, rows, size
-
-    def __getitem__(self, index):
-        """uint8 (n, 3, size, size) of the images at `index`, int64 (n,)."""
-        return torch.stack([square(self.source[self.rows[i]][0], self.size) for i in index.tolist()])
 
 
 def ignore_interrupts(worker):
@@ -1121,45 +1084,48 @@ def ignore_interrupts(worker):
 
 
 def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0, folder=None, title="images"):
-    """Read every image of a data set of (PIL image, label) once, by several processes.
+    """Read each image of a data set of (PIL image, label) once, by several processes; with several ranks, its share.
 
     prepare: PIL image -> uint8 (3, S, S), as the teacher wants it; encode: (B, 3, S, S) of these -> (B, K) rows, such
-    as features. strict: raise UserError at the first unreadable file. Beyond `memory` gigabytes the pixels go to a
-    file in `folder`. Returns (pixels, names, truth, rows or None, the skipped as dicts of file and reason).
+    as features. strict: raise UserError at the first unreadable file. Otherwise these are listed in skipped.csv in
+    `folder`, where the pixels lie as well if they take more than `memory` gigabytes.
+    Returns (pixels, names, truth, rows or None, what all ranks have skipped as dicts of file and reason).
     """
-    names = names_of(source)
-    shape = (len(source), 3, size, size)
+    own, names = share_of(len(source)), names_of(source)
+    shape = (len(own), 3, size, size)
     pixels = PixelFile(shape, folder) if math.prod(shape) > memory * 1e9 else torch.empty(shape, dtype=torch.uint8)
     squares = Squares(source, [partial(square, size=size)] + ([prepare] if prepare else []))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun: so many processes share them
-    workers = min(max(cores, 1), 16) if len(source) > 2000 else 0  # workers take seconds to start
     loader = torch.utils.data.DataLoader(
-        squares, 128, num_workers=workers, collate_fn=Squares.collate, worker_init_fn=ignore_interrupts
-    )
-    left, kept, truth, rows, skipped = iter(names), [], [], [], []
-    bar = tqdm(total=len(source), desc=title, unit="image", disable=quiet())
-    for views, labels, failed in loader:
-        here = list(islice(left, len(labels)))
-        bar.update(len(labels))
-        skipped += [dict(file=name, reason=reason) for name, reason in zip(here, failed) if reason]
-        if strict and skipped:
-            raise UserError("cannot read {file}: {reason}".format(**skipped[0]))
-        good = [i for i, reason in enumerate(failed) if not reason]
-        if good:
-            pixels[len(kept) : len(kept) + len(good)] = torch.from_numpy(views[0][good])
-            kept += [here[i] for i in good]
-            truth += [labels[i] for i in good]
+        squares, 128, sampler=own, collate_fn=Squares.batch, worker_init_fn=ignore_interrupts,
+        num_workers=min(cores, 16) if len(own) > 2000 else 0,  # workers take seconds to start
+    )  # fmt: skip
+    kept, truth, rows, failed = [], [], [], []
+    bar = tqdm(total=len(own), desc=title, unit="image", disable=rank() > 0 or None)  # None: shown on a terminal alone
+    for index, labels, views, unreadable in loader:
+        bar.update(len(index) + len(unreadable))
+        failed += unreadable
+        if strict and failed:
+            raise UserError(f"cannot read {names[failed[0][0]]}: {failed[0][1]}")
+        if index:
+            pixels[len(kept) : len(kept) + len(index)] = torch.from_numpy(views[0])
+            kept += [names[i] for i in index]
+            truth += labels
             if encode:
-                rows.append(encode(torch.from_numpy(views[1][good])).cpu())
+                rows.append(encode(torch.from_numpy(views[1])).cpu())
     bar.close()
     if not kept:
-        first = ", such as {file}: {reason}".format(**skipped[0]) if skipped else ""
-        raise UserError(f"{title}: none of {len(source)} files is a readable image{first}")
+        first = f", such as {names[failed[0][0]]}: {failed[0][1]}" if failed else ""
+        raise UserError(f"{title}: none of {len(own)} files is a readable image{first}")
     if isinstance(pixels, PixelFile):
         pixels.shape = (len(kept), *shape[1:])
     else:
         pixels = pixels[: len(kept)]
+    skipped = [dict(file=names[i], reason=reason) for i, reason in sorted(of_all_ranks(failed))]
+    if skipped and folder and rank() == 0:
+        write_csv(folder / "skipped.csv", skipped)
+        tell(f"{len(skipped)} of {len(source)} files are no readable images: see {folder / 'skipped.csv'}")
     return pixels, kept, torch.tensor(truth), torch.cat(rows) if rows else None, skipped
 
 
@@ -1169,9 +1135,9 @@ def load_images(dataset="digits", root="data", split="train", size=None, teacher
     Returns Images on the CPU. Arguments and errors as open_dataset(); size in pixels, None: the table's.
     """
     source, classes = open_dataset(dataset, root, split)
-    size, title = size or DATASETS[dataset].size, f"{dataset}, {split}"
     asked = (teacher.prepare, teacher.encode_images) if teacher else ()
-    pixels, names, truth, features, _ = read_images(source, size, *asked, title=title)
+    size = size or DATASETS[dataset].size
+    pixels, names, truth, features, _ = read_images(source, size, *asked, title=f"{dataset}, {split}")
     return Images(pixels, names, classes, truth, features)
 
 
@@ -1183,6 +1149,7 @@ OFFLINE_CLIP = Path(__file__).resolve().parent / "tutorials/offline_clip.pt"
 if not OFFLINE_CLIP.exists():  # no checkout: where pip puts data files
     OFFLINE_CLIP = Path(sys.prefix) / "share/tclip/offline_clip.pt"
 OPENAI_CLIP = "RN50 RN101 RN50x4 RN50x16 RN50x64 ViT-B/32 ViT-B/16 ViT-L/14 ViT-L/14@336px".split()
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass
@@ -1204,27 +1171,25 @@ class Teacher:
 def load_clip(name="offline", device="cpu"):
     """A Teacher from its name, in half precision on CUDA and float32 elsewhere.
 
-    name: "offline", the small CLIP beside the tutorials, that knows digits only; "ViT-B/32" and the like, OpenAI's
-    weights, through the package `clip` where it is installed and through open_clip otherwise; "arch:tag" or
+    name: "offline", the small CLIP beside the tutorials, that knows digits only; one of OPENAI_CLIP; "arch:tag" or
     "arch:FILE", a model of open_clip; or the path of a state_dict in OpenAI's format.
     UserError: unknown name, no network, cut-off download, unreadable file.
     """
     device = torch.device(device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     if ":" in name and not Path(name).is_file():
-        model, tokenize = open_clip_model(name, dtype, device)
+        model, tokenize = open_clip_model(name, device)
     else:
         model, tokenize = openai_clip_model(name, device)
     model = model.to(device).eval()
     if dtype == torch.float32:
         model.float()  # OpenAI's weights are stored in half precision
     visual = model.visual
-    preset = getattr(visual, "preprocess_cfg", {})  # open_clip keeps it with the model; OpenAI's is always the same
+    preset = dict(mean=OPENAI_MEAN, std=OPENAI_STD, interpolation="bicubic", resize_mode="shortest")
+    preset |= getattr(visual, "preprocess_cfg", {})  # open_clip keeps it with the model
+    mean, std, by, fit = (preset[key] for key in ("mean", "std", "interpolation", "resize_mode"))
     size = preset.get("size") or getattr(visual, "input_resolution", None) or visual.image_size
     size = size if isinstance(size, int) else size[0]
-    mean = preset.get("mean", (0.48145466, 0.4578275, 0.40821073))
-    std = preset.get("std", (0.26862954, 0.26130258, 0.27577711))
-    by, fit = preset.get("interpolation", "bicubic"), preset.get("resize_mode", "shortest")
     shift, scale = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
 
     @torch.inference_mode()
@@ -1243,43 +1208,6 @@ def load_clip(name="offline", device="cpu"):
     for tensor in visual.state_dict().values():
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return Teacher(partial(square, size=size, by=by, fit=fit), encode_images, encode_texts, digest.digest())
-
-
-def cached(teacher, folder):
-    """The teacher with its image features kept in folder/features.sqlite, so that it encodes an image once.
-
-    A feature is found by the very pixels that the model is given and by the digest of its weights: a changed file or
-    model is never answered from an old entry. Class names and templates, encoded anew each time, need no key. What was
-    encoded is kept batch by batch, so an interrupted pass goes on where it was. UserError: the cache cannot be used.
-    """
-    if not teacher.digest:
-        raise ValueError("a Teacher without a digest cannot be told from another one")
-    file = Path(folder).expanduser() / "features.sqlite"
-
-    @contextmanager
-    def opened():
-        with as_user_error(f"cannot use {file}", OSError, sqlite3.Error, remedy="Delete it, or run with --no-cache"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(file, timeout=60)) as database, database:
-                database.execute("CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID")
-                yield database
-
-    def encode_images(pixels):
-        keys = [hashlib.blake2b(view.numpy().tobytes(), digest_size=20, key=teacher.digest).digest() for view in pixels]
-        with opened() as database:
-            marks = ",".join("?" * len(keys))
-            rows = dict(database.execute(f"SELECT key, row FROM features WHERE key IN ({marks})", keys))
-        new = [i for i, key in enumerate(keys) if key not in rows]
-        if new:
-            features = teacher.encode_images(pixels[new]).cpu().numpy()
-            fresh = [(keys[i], row.tobytes()) for i, row in zip(new, features)]
-            rows.update(fresh)
-            with opened() as database:
-                database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", fresh)
-        return torch.from_numpy(np.stack([np.frombuffer(rows[key], np.float32) for key in keys]))
-
-    with opened():  # what is wrong with the file is told before an image is read
-        return replace(teacher, encode_images=encode_images)
 
 
 def openai_clip_model(name, device):
@@ -1307,7 +1235,7 @@ def openai_clip_model(name, device):
         return open_clip.load_openai_model(file.stem.removesuffix("px"), device=device), tokenize
 
 
-def open_clip_model(name, dtype, device):
+def open_clip_model(name, device):
     """A model of open_clip by its "arch:tag" or "arch:FILE": (model, tokenize)."""
     import open_clip
 
@@ -1317,7 +1245,7 @@ def open_clip_model(name, dtype, device):
         tags = [other for other in known if other.startswith(f"{arch}:")]
         raise UserError(f"unknown CLIP {name!r}; there is: {nearest(name, tags or known)}")
     preset = open_clip.get_pretrained_cfg(arch, tag)
-    precision = "fp16" if dtype == torch.float16 else "fp32"
+    precision = "fp16" if device.type == "cuda" else "fp32"
     quick_gelu = preset.get("quick_gelu", False)  # open_clip only warns when weights trained with it run without it
     remedy = (
         f"Without network, copy the weights of {preset.get('hf_hub') or preset.get('url')} from elsewhere and name "
@@ -1334,10 +1262,46 @@ def open_clip_model(name, dtype, device):
         logging.disable(level)
 
 
+def cached(teacher, folder):
+    """The teacher with its image features kept in folder/features.sqlite, so that it encodes an image once.
+
+    A feature is found by the very pixels that the model is given and by the digest of its weights: a changed file or
+    model is never answered from an old entry. What was encoded is kept batch by batch, so an interrupted pass goes on
+    where it was. UserError: the cache cannot be used.
+    """
+    if not teacher.digest:
+        raise ValueError("a Teacher without a digest cannot be told from another one")
+    file = Path(folder).expanduser() / "features.sqlite"
+
+    @contextmanager
+    def opened():
+        with as_user_error(f"cannot use {file}", OSError, sqlite3.Error, remedy="Delete it, or run with --no-cache"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(file, timeout=60)) as database, database:
+                database.execute("CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID")
+                yield database
+
+    def encode_images(pixels):
+        keys = [hashlib.blake2b(view.numpy().tobytes(), digest_size=20, key=teacher.digest).digest() for view in pixels]
+        with opened() as database:
+            marks = ",".join("?" * len(keys))
+            rows = dict(database.execute(f"SELECT key, row FROM features WHERE key IN ({marks})", keys))
+            new = [i for i, key in enumerate(keys) if key not in rows]
+            if new:
+                features = teacher.encode_images(pixels[new]).cpu().numpy()
+                fresh = [(keys[i], row.tobytes()) for i, row in zip(new, features)]
+                rows.update(fresh)
+                database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", fresh)
+        return torch.from_numpy(np.stack([np.frombuffer(rows[key], np.float32) for key in keys]))
+
+    with opened():  # what is wrong with the file is told before an image is read
+        return replace(teacher, encode_images=encode_images)
+
+
 def read_labels(path):
     """Rows of a csv file with the columns file, label and maybe confidence: dict file -> (label, confidence or 1).
 
-    UserError: unreadable, no such columns, a file twice, a confidence outside [0, 1].
+    UserError: unreadable, no such columns, no row, a file twice, a confidence outside [0, 1].
     """
     found = {}
     with as_user_error(f"cannot read {path}", OSError, ValueError, csv.Error):
@@ -1354,8 +1318,8 @@ def read_labels(path):
                 found[name] = label, float(confidence or 1)
                 if not 0 <= found[name][1] <= 1:
                     raise ValueError(f"confidence {confidence} of {name} is not within 0 and 1")
-    if not found:
-        raise UserError(f"{path} has no row")
+        if not found:
+            raise ValueError("it has no row")
     return found
 
 
@@ -1370,9 +1334,9 @@ def read_npz(path):
             raise ValueError(f"probs are {probs.shape}, for {len(files)} files and {len(classes)} classes")
         if not (np.isfinite(probs).all() and (probs >= 0).all() and (probs.sum(1) > 0).all()):
             raise ValueError("probs are not finite, or below zero, or all zero for an image")
-        twice = [file for file, times in Counter(files.tolist()).items() if times > 1]
-        if twice:
-            raise ValueError(f"{twice[0]} twice")
+        for file, times in Counter(files.tolist()).items():
+            if times > 1:
+                raise ValueError(f"{file} twice")
     return files.tolist(), classes.tolist(), torch.from_numpy(probs / probs.sum(1, keepdims=True))
 
 
@@ -1395,9 +1359,8 @@ def class_numbers(labels, classes, path):
 def read_pseudo_labels(path, classes=None):
     """Another teacher's answers. Returns (file names, class names, probs float32 (N, C)).
 
-    path: .npz with files (N,), classes (C,) and probs (N, C), or .csv with the columns file, label and maybe
-    confidence, of which the rest is spread evenly over the other classes. classes: names to put the columns in order
-    of; None: those of the file. UserError: unreadable, doubled files, other classes, what is no probability.
+    path: see read_npz() for .npz, read_labels() for .csv; what a confidence lacks to 1 is spread evenly over the other
+    classes. classes: names to put the columns in order of; None: those of the file. UserError: other classes.
     """
     if Path(path).suffix == ".npz":
         files, own, probs = read_npz(path)
@@ -1446,6 +1409,15 @@ def read_tensors(path):
         raise UserError(f"cannot read {path} as a file of tensors: {reason}") from error
 
 
+def load_student(path):
+    """(student, class names) from a run's model.pt; images are square, of side student.size. UserError: unreadable."""
+    model = read_tensors(path)
+    with as_user_error(f"{path} is not the model.pt of a run", KeyError, TypeError, RuntimeError):
+        student = Student(model["arch"], len(model["classes"]), model["size"])
+        student.load_state_dict(model["student"])
+    return student.eval(), model["classes"]
+
+
 def first_line(error):
     """What an exception says, for the middle of a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -1464,11 +1436,6 @@ def tell(message):
     """A remark on the way, on stderr."""
     if rank() == 0:
         tqdm.write(f"tclip: {message}", file=sys.stderr)
-
-
-def quiet():
-    """What tqdm calls `disable`: None, where somebody looks at a terminal; True on all ranks but the first."""
-    return True if rank() else None
 
 
 def write_whole(path, write):
@@ -1508,25 +1475,6 @@ def unguarded(cell):
     return cell[1:] if re.match(r"'+[=+\-@\t\r]", cell) else cell
 
 
-def write_json(path, value):
-    """Plain types as an indented json file."""
-    write_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
-
-
-def save_tensors(path, value):
-    """Tensors and plain types as a file for read_tensors()."""
-    write_whole(path, lambda draft: torch.save(value, draft))
-
-
-def load_student(path):
-    """(student, class names) from a run's model.pt; images are square, of side student.size. UserError: unreadable."""
-    model = read_tensors(path)
-    with as_user_error(f"{path} is not the model.pt of a run", KeyError, TypeError, RuntimeError):
-        student = Student(model["arch"], len(model["classes"]), model["size"])
-        student.load_state_dict(model["student"])
-    return student.eval(), model["classes"]
-
-
 # ======================================================================================================================
 # Command line
 # ======================================================================================================================
@@ -1539,15 +1487,10 @@ def parse(argv):
         def error(self, message):
             raise UserError(message)
 
-    usage = __doc__.split("\n\n")
-    parser = Parser(
-        "tclip",
-        description=usage[0] + "\n\n" + usage[2],
-        formatter_class=argparse.RawTextHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # of what is not given, Config knows the default
-    )
+    summary, _, usage, *_ = __doc__.split("\n\n")
+    parser = Parser("tclip", description=f"{summary}\n\n{usage}", formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(Config):
-        text, choices = f.metadata["help"], f.metadata["choices"]
+        text, choices = f.metadata["help"].replace("%", "%%"), f.metadata["choices"]
         if choices:
             text += f": {', '.join(choices)}"
         if f.name in FROM_RECIPE:
@@ -1555,7 +1498,8 @@ def parse(argv):
         elif f.default is not None and f.type is not bool:
             text += f" [{f.default}]"
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text.replace("%", "%%"), **kind)
+        kind["default"] = argparse.SUPPRESS  # Config knows it
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **kind)
     parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
     parser.add_argument("--predict", metavar="PATH", help="name the images in this folder, or this one, by --model")
     parser.add_argument("--model", metavar="FILE", help="model.pt of a run, for --predict and --export")
@@ -1564,7 +1508,7 @@ def parse(argv):
     for name, value in given.items():
         if value == "":  # of a shell variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty")
-    action = {name: given.pop(name, None) for name in ("resume", "predict", "model", "export")}
+    action = {name: given.pop(name) for name in ("resume", "predict", "model", "export")}
     if bool(action["model"]) != bool(action["predict"] or action["export"]):
         raise UserError("--model FILE goes with --predict PATH or --export onnx, and they with it")
     resumed = action["resume"]
@@ -1579,35 +1523,28 @@ def parse(argv):
 
 def complete(config):
     """The config with every None filled in: from the data set's entry in the table, and the folder of the results."""
-    recipe = recipe_of(config)
+    recipe = recipe_of(config.dataset, config.images)
     config = replace(config, **{name: getattr(recipe, name) for name in FROM_RECIPE if getattr(config, name) is None})
     if config.size is None:
         config = replace(config, size=Folder(config.images).usual_size())
-    if config.out is None:
-        name = Path(config.images).resolve().name if config.images else config.dataset
-        config = replace(config, out=str(free_folder(name)))
-    if config.images and Path(config.out).resolve().is_relative_to(Path(config.images).resolve()):
-        raise UserError(f"the results in {config.out} would lie among the images: choose another --out")
-    check_empty(config.out)
-    return config
+    out = results_folder(config.out, Path(config.images).resolve().name if config.images else config.dataset)
+    if config.images and out.resolve().is_relative_to(Path(config.images).resolve()):
+        raise UserError(f"the results in {out} would lie among the images: choose another --out")
+    return replace(config, out=str(out))
 
 
-def recipe_of(config):
-    """What to know of the images that config names."""
-    return OWN_IMAGES if config.images else find_recipe(config.dataset)
+def results_folder(out, name):
+    """The folder `out` or, where that is None, the first of runs/NAME, runs/NAME-2, ... that does not exist.
 
-
-def check_empty(out):
-    """UserError if the folder `out` has something in it: results of another run would be lost."""
+    UserError: `out` has something in it: results of another run would be lost.
+    """
+    if out is None:
+        folders = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in count(1))
+        return next(folder for folder in folders if not folder.exists())
     there = [Path(out)] if Path(out).is_file() else Path(out).glob("*")
     if any(path.suffix != ".part" for path in there):  # a draft may lie there, of a run that broke off at once
         raise UserError(f"{out} is not empty: choose another --out, or go on with --resume {out}")
-
-
-def free_folder(name):
-    """runs/NAME or, where that exists, the first of runs/NAME-2, runs/NAME-3, ... that does not."""
-    folders = (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 10_000))))
-    return next(folder for folder in folders if not folder.exists())
+    return Path(out)
 
 
 def listed(value, separator=None):
@@ -1628,8 +1565,7 @@ def read_truth(truth, names, classes):
     """Class numbers of files by name, for evaluation: a csv file's, or (truth = "folders") those of their folders."""
     if truth == "folders":
         known = {plain(name) for name in classes}
-        folders = {name: Path(name).parent.name for name in names}
-        labels = {name: folder for name, folder in folders.items() if plain(folder) in known}
+        labels = {name: Path(name).parent.name for name in names if plain(Path(name).parent.name) in known}
     else:
         labels = {name: label for name, (label, _) in read_labels(truth).items()}
     there = len(labels.keys() & set(names))
@@ -1662,7 +1598,7 @@ def clip_annotator(config, classes, device):
     teacher = load_clip(config.clip, device)
     if not config.no_cache:
         teacher = cached(teacher, config.cache)
-    templates = listed(config.templates) or recipe_of(config).templates
+    templates = listed(config.templates) or recipe_of(config.dataset, config.images).templates
     if not all("{}" in template for template in templates):
         raise UserError('--templates: each needs {} for the class name, as "a photo of a {}."')
     prompts = text_classifier(teacher, classes, templates).cpu()  # names that it lacks are told here
@@ -1674,71 +1610,52 @@ def run(config, resume=False):
 
     Returns the summary; with several ranks, to the first of them. To the others, who write nothing, None.
     """
-    started, device = time.time(), pick_device(config.device)
+    started, device, out = time.time(), pick_device(config.device), Path(config.out)
     Student(config.arch, 2)  # an unknown arch is told before anything is downloaded
-    classes, prepare, annotate = listed(config.classes, ","), None, None
+    classes, annotator = listed(config.classes, ","), (None, None)
     if config.pseudo_labels:
         files, classes, answers = read_pseudo_labels(config.pseudo_labels, classes)
     with first_alone():
         unlabeled, heldout, classes = open_sources(config, classes)
         if not config.pseudo_labels:
-            prepare, annotate = clip_annotator(config, classes, device)
-    out = make_folder(config.out)
+            annotator = clip_annotator(config, classes, device)
+    out.mkdir(parents=True, exist_ok=True)
     if not resume and rank() == 0:
-        write_json(out / "config.json", asdict(config))
+        write_whole(out / "config.json", lambda draft: draft.write_text(json.dumps(asdict(config), indent=1)))
 
-    def read(source, title):
-        strict = config.strict or not config.images
-        return read_images(share_of(source), config.size, prepare, annotate, strict, config.memory, out, title)
-
-    pixels, names, truth, probs, skipped = read(unlabeled, "unlabeled images")
-    shares, skipped = of_all_ranks(names), sum(of_all_ranks(skipped), [])
-    all_names, place_of = sum(shares, []), {name: i for i, name in enumerate(names_of(unlabeled))}
-    if rank() == 0:
-        report_skipped(out, sorted(skipped, key=lambda row: place_of[row["file"]]), len(unlabeled))
+    options = *annotator, config.strict or not config.images, config.memory, out
+    pixels, names, truth, probs, skipped = read_images(unlabeled, config.size, *options, "unlabeled images")
     if heldout:
-        heldout_pixels, _, heldout_truth, heldout_probs, _ = read(heldout, "held-out images")
-    prepare = annotate = None  # CLIP's memory
+        unseen, _, unseen_truth, unseen_probs, _ = read_images(heldout, config.size, *options, "held-out images")
+    del annotator, options  # frees CLIP's memory
     if config.pseudo_labels:
-        probs = match(all_names, files, answers).split([len(share) for share in shares])[rank()]
+        probs = match(of_all_ranks(names), files, answers).split(of_all_ranks([len(names)]))[rank()]
 
     student, labels = train(config, Images(pixels, names, classes, truth), probs, out)
 
-    # From here on of all ranks, in the order of the data set.
-    order = sorted(range(len(all_names)), key=lambda i: place_of[all_names[i]])
+    # From here on the images of all ranks, in the order of the data set.
+    row, names = {name: i for i, name in enumerate(names_of(unlabeled))}, of_all_ranks(names)
+    order = torch.tensor([row[name] for name in names]).argsort()
     parts = probs, balance(probs), labels.table, predict(student, pixels), truth
     probs, balanced, table, student_probs, truth = (everyone(part).cpu()[order] for part in parts)
-    names = [all_names[i] for i in order]
-    if ranks() > 1:
-        pixels = ReadAgain(unlabeled, [place_of[name] for name in names], config.size)
+    names = [names[i] for i in order]
+    pixels = pixels if ranks() == 1 else ReadAgain(unlabeled, [row[name] for name in names], config.size)
+
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    kind = kind if ranks() == 1 else f"{ranks()} x {kind}"
+    summary = dict(dataset=config.images or config.dataset, teacher=config.pseudo_labels or config.clip)
+    summary |= dict(seed=config.seed, device=kind, torch=torch.__version__, images=len(names), skipped=len(skipped))
+    summary["agreement"] = (probs.argmax(1) == student_probs.argmax(1)).float().mean().item()
+    said = dict(teacher=probs, balanced_teacher=balanced, label=table, transductive=student_probs)
+    summary |= {f"{name}_accuracy": score(answer, truth)["accuracy"] for name, answer in said.items()}
+    for who, answer in dict(teacher=probs, student=student_probs).items():
+        summary[f"per_class_{who}"] = dict(zip(classes, score(answer, truth)["per_class"]))
     if heldout:
-        parts = heldout_probs, predict(student, heldout_pixels), heldout_truth
-        heldout_probs, heldout_student, heldout_truth = (None if part is None else everyone(part) for part in parts)
+        for who, answer in {"teacher_": unseen_probs, "": predict(student, unseen)}.items():
+            right = None if answer is None else score(everyone(answer), everyone(unseen_truth))["accuracy"]
+            summary[f"{who}inductive_accuracy"] = right
     if rank() > 0:
         return None
-
-    by_teacher, by_student = score(probs, truth), score(student_probs, truth)
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    summary = dict(
-        dataset=config.images or config.dataset,
-        teacher=config.pseudo_labels or config.clip,
-        seed=config.seed,
-        device=kind if ranks() == 1 else f"{ranks()} x {kind}",
-        torch=torch.__version__,
-        images=len(names),
-        skipped=len(skipped),
-        agreement=(probs.argmax(1) == student_probs.argmax(1)).float().mean().item(),
-        teacher_accuracy=by_teacher["accuracy"],
-        balanced_teacher_accuracy=score(balanced, truth)["accuracy"],
-        label_accuracy=score(table, truth)["accuracy"],
-        transductive_accuracy=by_student["accuracy"],
-        per_class_teacher=dict(zip(classes, by_teacher["per_class"])),
-        per_class_student=dict(zip(classes, by_student["per_class"])),
-    )
-    if heldout:
-        named = score(heldout_probs, heldout_truth)["accuracy"] if heldout_probs is not None else None
-        summary["teacher_inductive_accuracy"] = named
-        summary["inductive_accuracy"] = score(heldout_student, heldout_truth)["accuracy"]
     summary["seconds"] = round(time.time() - started, 1)
     write_results(config, Images(pixels, names, classes, truth), probs, table, student, student_probs, summary, skipped)
     return summary
@@ -1746,75 +1663,42 @@ def run(config, resume=False):
 
 def write_results(config, images, probs, table, student, student_probs, summary, skipped):
     """labels.csv, model.pt, summary.json and, where tclip_report.py lies beside this file, the report."""
-    out, names = Path(config.out), images.classes
+    out, classes = Path(config.out), images.classes
+    columns = ("file", "teacher_label", "teacher_confidence", "label", "confidence", "changed")
     best = zip(images.names, *map(Tensor.tolist, (*probs.max(1), *table.max(1))))
-    rows = (
-        dict(
-            file=file,
-            teacher_label=names[a],
-            teacher_confidence=f"{p:.4f}",
-            label=names[b],
-            confidence=f"{q:.4f}",
-            changed=int(a != b),
-        )
-        for file, p, a, q, b in best
-    )
-    write_csv(out / "labels.csv", rows)
-    model = dict(arch=config.arch, size=config.size, classes=images.classes, student=student.state_dict())
-    save_tensors(out / "model.pt", model)
-    write_json(out / "summary.json", summary)
+    rows = ((file, classes[a], f"{p:.4f}", classes[b], f"{q:.4f}", int(a != b)) for file, p, a, q, b in best)
+    write_csv(out / "labels.csv", (dict(zip(columns, row)) for row in rows))
+    model = dict(arch=config.arch, size=config.size, classes=classes, student=student.state_dict())
+    write_whole(out / "model.pt", partial(torch.save, model))
+    write_whole(out / "summary.json", lambda draft: draft.write_text(json.dumps(summary, indent=1)))
     try:
         import tclip_report
     except ImportError:  # tclip.py was copied alone
         return
-    history = read_tensors(out / "checkpoint.pt")["history"]
-    tclip_report.write_report(
-        out / "report.html", config, images, probs, table, student_probs, summary, history, skipped
-    )
+    history, report = read_tensors(out / "checkpoint.pt")["history"], out / "report.html"
+    tclip_report.write_report(report, config, images, probs, table, student_probs, summary, history, skipped)
     if summary["teacher_accuracy"] is not None:
-        by_teacher, by_student = score(probs, images.truth), score(student_probs, images.truth)
-        picture = partial(tclip_report.draw_noise, classes=images.classes, teacher=by_teacher, student=by_student)
-        write_whole(out / "noise.png", picture)
-
-
-def report_skipped(out, skipped, total):
-    """skipped.csv in the folder `out`, and a remark, where any of `total` files could not be read."""
-    if skipped:
-        write_csv(out / "skipped.csv", skipped)
-        tell(f"{len(skipped)} of {total} files are no readable images: see {out / 'skipped.csv'}")
-
-
-def make_folder(path):
-    """The folder for results, made where it is missing, as a Path. UserError: it cannot be written to."""
-    out = Path(path)
-    with as_user_error(f"cannot write to {out}", OSError):
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    return out
+        scores = score(probs, images.truth), score(student_probs, images.truth)
+        write_whole(out / "noise.png", lambda draft: tclip_report.draw_noise(draft, classes, *scores))
 
 
 def predict_folder(config, path, model):
     """Name the images in a folder, or one image, by a student, without CLIP. Returns the path of predictions.csv."""
     student, classes = load_student(model)
     student.to(pick_device(config.device))
-    source = Folder(path)
-    if config.out:
-        check_empty(config.out)
-    out = make_folder(config.out or free_folder(f"predict-{Path(path).resolve().stem}"))
-    pixels, names, _, _, skipped = read_images(
-        source, student.size, strict=config.strict, memory=config.memory, folder=out, title=str(path)
-    )
-    report_skipped(out, skipped, len(source))
+    source, out = Folder(path), results_folder(config.out, f"predict-{Path(path).resolve().stem}")
+    out.mkdir(parents=True, exist_ok=True)
+    options = dict(strict=config.strict, memory=config.memory, folder=out, title=str(path))
+    pixels, names, *_ = read_images(source, student.size, **options)
     best = predict(student, pixels).topk(min(3, len(classes)))
 
-    def rows():
-        for name, values, numbers in zip(names, *best):
-            row = dict(file=name)
-            for rank, value, number in zip(("", "_2", "_3"), values.tolist(), numbers.tolist()):
-                row |= {f"label{rank}": classes[number], f"confidence{rank}": f"{value:.4f}"}
-            yield row
+    def row(name, values, numbers):
+        cells = dict(file=name)
+        for place, value, number in zip(("", "_2", "_3"), values.tolist(), numbers.tolist()):
+            cells |= {f"label{place}": classes[number], f"confidence{place}": f"{value:.4f}"}
+        return cells
 
-    write_csv(out / "predictions.csv", rows())
+    write_csv(out / "predictions.csv", map(row, names, *best))
     return out / "predictions.csv"
 
 
@@ -1836,32 +1720,28 @@ def main(argv=None):
         config = config if action["resume"] else complete(config)
         with joined_ranks(pick_device(config.device)):
             summary = run(config, bool(action["resume"]))
-    except (UserError, OSError) as error:  # OSError: the disk is full, a file is out of reach, a name too long
-        if stops_first():
-            print(f"tclip: {first_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        begun = config and config.out and Path(config.out, "config.json").exists()
-        hint = f" Go on with: python tclip.py --resume {config.out}" if begun else ""
-        if stops_first():
-            print(f"\ntclip: stopped.{hint}", file=sys.stderr)
-        return 130
-    except RuntimeError:
-        if stops_first():
+    except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        if not stops_first():
+            return 1  # another rank has said why, or what was raised here is that it is gone
+        if isinstance(error, RuntimeError):
             raise
-        return 1  # what was raised here is that another rank is gone
+        if isinstance(error, KeyboardInterrupt):
+            begun = config and config.out and Path(config.out, "config.json").exists()
+            hint = f" Go on with: python tclip.py --resume {config.out}" if begun else ""
+            print(f"\ntclip: stopped.{hint}", file=sys.stderr)
+            return 130
+        print(f"tclip: {first_line(error)}", file=sys.stderr)  # also an OSError: the disk is full, a name is too long
+        return 2
     if summary is None:  # rank 0 speaks
         return 0
     shares = {k: "?" if v is None else f"{100 * v:.1f} %" for k, v in summary.items() if isinstance(v, float | None)}
-    print(f"results in {config.out}")
-    if summary["teacher_accuracy"] is None:
-        print(f"student and teacher agree on {shares['agreement']} of the images", end="")
-    else:
+    said = f"student and teacher agree on {shares['agreement']} of the images"
+    if summary["teacher_accuracy"] is not None:
         both = f"{shares['teacher_accuracy']} -> {shares['transductive_accuracy']}"
-        print(f"teacher -> student: {both} on the unlabeled images", end="")
+        said = f"teacher -> student: {both} on the unlabeled images"
     if "inductive_accuracy" in summary:
-        print(f", {shares['teacher_inductive_accuracy']} -> {shares['inductive_accuracy']} on held-out ones", end="")
-    print(f"; {summary['seconds']:.0f} s on {summary['device']}")
+        said += f", {shares['teacher_inductive_accuracy']} -> {shares['inductive_accuracy']} on held-out ones"
+    print(f"results in {config.out}\n{said}; {summary['seconds']:.0f} s on {summary['device']}")
     return 0
 
 

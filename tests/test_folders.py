@@ -387,18 +387,21 @@ def test_skipped_files_shift_nothing(planted, memory, tmp_path):
     assert torch.equal(rows, colours.double()) and 0 not in seen_by_teacher.values()
     assert isinstance(pixels, tclip.PixelFile) == (memory == 0) and len(pixels) == len(good) == pixels.shape[0]
     assert torch.equal(pixels[:], colours.byte()[:, :, None, None].expand(-1, -1, SIZE, SIZE))
-    assert not list(tmp_path.iterdir())  # the file has no name: nothing is left when the process ends
+    assert files_of(tmp_path / "skipped.csv") == [row["file"] for row in skipped]
+    assert os.listdir(tmp_path) == ["skipped.csv"]  # the pixels' file has no name: it is gone when the process ends
 
 
 def test_pixel_file_is_like_a_tensor(tmp_path):
-    """A PixelFile gives the rows that a tensor gives: by slices, by index, and a batch at a time."""
+    """A PixelFile gives the rows that a tensor gives: by slices, by index, and, a batch at a time, to predict()."""
     pixels = torch.randint(0, 256, (11, 3, 4, 4), dtype=torch.uint8)
     file = tclip.PixelFile(pixels.shape, tmp_path)
     file[5:11] = pixels[5:11]
     file[0:5] = pixels[0:5]
     index = torch.tensor([10, 0, 3, 3])
     assert torch.equal(file[index], pixels[index]) and torch.equal(file[2:7], pixels[2:7])
-    assert all(torch.equal(a, b) for a, b in zip(file.split(4), pixels.split(4))) and len(file) == 11
+    assert torch.equal(file[8:12], pixels[8:12]) and len(file) == 11
+    student = tclip.Student("resnet8", 2, 4)
+    assert torch.equal(tclip.predict(student, file, 4), tclip.predict(student, pixels, 4))
     batch = file[index]
     batch.zero_()  # a batch is a copy
     assert torch.equal(file[:], pixels)

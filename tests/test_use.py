@@ -108,7 +108,7 @@ def test_two_classes(tmp_path):
     photos, _ = lay_photos(tmp_path / "photos", 4)
     student = tclip.Student("resnet8", 2, 8)
     model = dict(arch="resnet8", size=8, classes=["a", "b"], student=student.state_dict())
-    tclip.save_tensors(tmp_path / "model.pt", model)
+    torch.save(model, tmp_path / "model.pt")
     assert call("--predict", photos, "--model", tmp_path / "model.pt", "--out", tmp_path / "named") == 0
     columns = ["file", "label", "confidence", "label_2", "confidence_2"]
     assert list(rows_of(tmp_path / "named/predictions.csv")[0]) == columns
