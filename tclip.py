@@ -108,7 +108,8 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, (_, choices, low, high) = getattr(self, f.name), f.metadata.values()
+            value, limits = getattr(self, f.name), f.metadata
+            choices, low, high = limits["choices"], limits["low"], limits["high"]
             if value is None:
                 continue
             flag = f"--{f.name.replace('_', '-')} {value}"
@@ -222,13 +223,13 @@ def neighbour_mean(embeddings, values, k, pool=50_000):
     embeddings: (N, D) unit rows. Up to `pool` images, an image is among its own neighbours; beyond, the neighbours are
     sought among so many random images, which keeps the cost per image flat as N grows.
     """
-    share = len(values) / total(torch.tensor(len(values), device=values.device))  # of all images; 1 for one process
-    members = torch.randperm(len(values), device=values.device)[: int(pool * share)]
+    images = int(total(torch.tensor(len(values), device=values.device)))  # of all processes
+    members = torch.randperm(len(values), device=values.device)[: pool * len(values) // images]
     bank, said = everyone(embeddings[members]).T, everyone(values[members]).float()  # (D, pool), (pool, C)
     means = []
     for rows in embeddings.split(256):  # a block at a time: N x pool cosines would be gigabytes
         nearest = (rows @ bank).topk(min(k, len(said))).indices  # (256, k)
-        means.append(F.embedding_bag(nearest, said, mode="mean"))
+        means.append(said[nearest].mean(1))  # (256, k, C) -> (256, C)
     return torch.cat(means)
 
 
@@ -473,7 +474,7 @@ class Images:
     pixels   uint8 (N, 3, H, W), on any device, or a PixelFile
     names    N distinct strings: the path in the folder, or the position in the original data set
     classes  C class names
-    truth    int64 (N,), -1 where unknown, or None. Read by score() and evaluate() alone, never by train()
+    truth    int64 (N,), -1 where unknown, or None. For evaluation and the report; train() does not read it
     features float (N, D), the teacher's unit image features, or None where no teacher was given
     """
 
@@ -487,13 +488,15 @@ class Images:
 def train(config, images, probs, out=None, on_epoch=None):
     """Train a student on images.pixels and the teacher's probs (N, C), and on nothing else: images.truth is not read.
 
-    config      a Config in which nothing is None but `out`
+    config      a Config as complete() returns it
     out         folder (Path) for checkpoint.pt and metrics.csv, written after each epoch. Where a checkpoint lies there
                 already, training goes on from it; on a CPU to the bit as if it had never stopped.
     on_epoch    called after each epoch with its row of metrics.csv (a dict), the student and the EnsembleLabels
     Returns (student, labels). With several ranks, images, probs and labels are those of this rank.
-    UserError: the loss is not finite; the checkpoint cannot be read.
+    UserError: the loss is not finite; the checkpoint cannot be read; the batch is smaller than the number of ranks.
     """
+    if config.batch_size < ranks():
+        raise UserError(f"--batch-size {config.batch_size} is less than one image for each of {ranks()} processes")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     student = Student(config.arch, len(images.classes), config.size).to(device, memory_format=torch.channels_last)
@@ -506,7 +509,7 @@ def train(config, images, probs, out=None, on_epoch=None):
     model = data_parallel(student)
     model = torch.compile(model) if config.compile else model
     longest = max(of_all_ranks([len(pixels)]))  # all ranks take equal steps
-    steps = math.ceil(longest / max(1, config.batch_size // ranks()))  # an epoch
+    steps = math.ceil(longest / (config.batch_size // ranks()))  # an epoch
 
     done = len(history)
     bar = tqdm(
@@ -547,7 +550,7 @@ def train(config, images, probs, out=None, on_epoch=None):
 def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
     """One pass over the batches, each int64 (B,). Returns the means of cross-entropy and C3L.
 
-    No step waits for the device, as long as the pixels lie on it.
+    With one process no step waits for the device, as long as the pixels lie on it.
     """
     model.train()
     device, steps = labels.table.device, len(batches)
@@ -647,16 +650,17 @@ def has_fast_bfloat16(device):
 
 
 # ======================================================================================================================
-# Prediction and evaluation. Images.truth is read here alone. (open_dataset() stratifies the held-out fifth of some data
-# sets by the labels; training does not see them.)
+# Prediction and evaluation: from here on, and in the report, Images.truth is read; train() does not. (open_dataset()
+# stratifies the held-out fifth of some data sets by the labels.)
 # ======================================================================================================================
 
 
 @torch.inference_mode()
-def predict(student, pixels, batch_size=1024):
+def predict(student, pixels):
     """Class probabilities, float32 (N, C) on the CPU, of uint8 pixels (N, 3, H, W) on any device. No augmentation."""
     device = next(student.parameters()).device
     student.eval()
+    batch_size = max(1, min(1024, 2**20 // pixels.shape[-1] ** 2))  # a million pixels: 256 images of 64 px
     batches = (pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size))
     return torch.cat([student(x.to(device).float() / 255)[0].softmax(1).cpu() for x in batches])
 
@@ -685,8 +689,11 @@ def evaluate(student, images):
 
 
 # ======================================================================================================================
-# That was the method. What follows brings images and teachers to it, several devices, and results to files.
-#
+# That was the method. What follows brings several devices, images and teachers to it, and results to files.
+# ======================================================================================================================
+
+
+# ======================================================================================================================
 # Several devices: torchrun starts this program once for each, as rank 0, 1, ..., W - 1. Each rank has a copy of the
 # student, a W-th of the images and their labels. In a step they exchange gradients and what the contrastive loss
 # compares; after an epoch, the little that the labels need of each other (everyone() above). Rank 0 alone speaks and
@@ -942,6 +949,9 @@ def open_dataset(dataset, root="data", split="train"):
     return torch.utils.data.Subset(parts[0], kept[split == "test"]), classes
 
 
+SYSTEM_FILES = r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini"  # that macOS and Windows lay into folders of images
+
+
 class Folder(torch.utils.data.Dataset):
     """Every file below a folder (or one file) as (PIL image, label); what is no readable image raises when asked for.
 
@@ -957,7 +967,8 @@ class Folder(torch.utils.data.Dataset):
             root = root.resolve()
             root, self.paths = root.parent, [root]
         else:
-            every = sorted(root.rglob("*"))  # a folder counts as a file where its files are out of reach
+            every = [p for p in sorted(root.rglob("*")) if not re.fullmatch(SYSTEM_FILES, p.name)]
+            # A folder counts as a file where its files are out of reach.
             self.paths = [p for p in every if p.is_symlink() or not p.is_dir() or not os.access(p, os.R_OK)]
         self.root, self.labels = root.resolve(), {}
         self.names = [os.fsencode(p.relative_to(root).as_posix()).decode(errors="backslashreplace") for p in self.paths]
@@ -1035,7 +1046,7 @@ class Squares:
             image, label = self.dataset[i]
             return i, label, [prepare(image).numpy() for prepare in self.prepare], ""
         except Exception as error:  # Pillow raises a dozen kinds
-            return i, -1, [], first_line(error)
+            return i, -1, [], first_line(error) or type(error).__name__
 
     @staticmethod
     def batch(items):
@@ -1091,6 +1102,8 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
     `folder`, where the pixels lie as well if they take more than `memory` gigabytes.
     Returns (pixels, names, truth, rows or None, what all ranks have skipped as dicts of file and reason).
     """
+    if len(source) < ranks():
+        raise UserError(f"{title}: {len(source)} are too few for {ranks()} processes")
     own, names = share_of(len(source)), names_of(source)
     shape = (len(own), 3, size, size)
     pixels = PixelFile(shape, folder) if math.prod(shape) > memory * 1e9 else torch.empty(shape, dtype=torch.uint8)
@@ -1117,7 +1130,8 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
     bar.close()
     if not kept:
         first = f", such as {names[failed[0][0]]}: {failed[0][1]}" if failed else ""
-        raise UserError(f"{title}: none of {len(own)} files is a readable image{first}")
+        where = " in the share of one process" if ranks() > 1 else ""
+        raise UserError(f"{title}: none of {len(own)} files{where} is a readable image{first}")
     if isinstance(pixels, PixelFile):
         pixels.shape = (len(kept), *shape[1:])
     else:
@@ -1465,6 +1479,11 @@ def write_csv(path, rows):
     write_whole(path, write)
 
 
+def write_json(path, value):
+    """Plain types as an indented json file."""
+    write_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
+
 def guarded(value):
     """A cell that a spreadsheet shows as the text it is: what begins like a formula gets an apostrophe in front."""
     return f"'{value}" if isinstance(value, str) and re.match(r"'*[=+\-@\t\r]", value) else value
@@ -1522,7 +1541,7 @@ def parse(argv):
 
 
 def complete(config):
-    """The config with every None filled in: from the data set's entry in the table, and the folder of the results."""
+    """The config with what the data set's entry in the table says, where it says nothing, and a folder for results."""
     recipe = recipe_of(config.dataset, config.images)
     config = replace(config, **{name: getattr(recipe, name) for name in FROM_RECIPE if getattr(config, name) is None})
     if config.size is None:
@@ -1612,22 +1631,25 @@ def run(config, resume=False):
     """
     started, device, out = time.time(), pick_device(config.device), Path(config.out)
     Student(config.arch, 2)  # an unknown arch is told before anything is downloaded
-    classes, annotator = listed(config.classes, ","), (None, None)
-    if config.pseudo_labels:
-        files, classes, answers = read_pseudo_labels(config.pseudo_labels, classes)
+    options = dict(strict=config.strict or not config.images, memory=config.memory, folder=out)
+    classes = listed(config.classes, ",")
+    if config.pseudo_labels and config.images and not classes:
+        classes = read_pseudo_labels(config.pseudo_labels)[1]
     with first_alone():
         unlabeled, heldout, classes = open_sources(config, classes)
         if not config.pseudo_labels:
-            annotator = clip_annotator(config, classes, device)
+            options["prepare"], options["encode"] = clip_annotator(config, classes, device)
+    if config.pseudo_labels:  # their columns in the order of the classes, by which truth is numbered
+        files, _, answers = read_pseudo_labels(config.pseudo_labels, classes)
     out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # an OSError now rather than after hours
     if not resume and rank() == 0:
-        write_whole(out / "config.json", lambda draft: draft.write_text(json.dumps(asdict(config), indent=1)))
+        write_json(out / "config.json", asdict(config))
 
-    options = *annotator, config.strict or not config.images, config.memory, out
-    pixels, names, truth, probs, skipped = read_images(unlabeled, config.size, *options, "unlabeled images")
+    pixels, names, truth, probs, skipped = read_images(unlabeled, config.size, title="unlabeled images", **options)
     if heldout:
-        unseen, _, unseen_truth, unseen_probs, _ = read_images(heldout, config.size, *options, "held-out images")
-    del annotator, options  # frees CLIP's memory
+        unseen, _, unseen_truth, unseen_probs, _ = read_images(heldout, config.size, title="held-out images", **options)
+    options.clear()  # frees CLIP's memory
     if config.pseudo_labels:
         probs = match(of_all_ranks(names), files, answers).split(of_all_ranks([len(names)]))[rank()]
 
@@ -1640,6 +1662,11 @@ def run(config, resume=False):
     probs, balanced, table, student_probs, truth = (everyone(part).cpu()[order] for part in parts)
     names = [names[i] for i in order]
     pixels = pixels if ranks() == 1 else ReadAgain(unlabeled, [row[name] for name in names], config.size)
+    if heldout:
+        parts = unseen_probs, predict(student, unseen), unseen_truth
+        unseen_probs, unseen_student, unseen_truth = (None if part is None else everyone(part) for part in parts)
+    if rank() > 0:
+        return None
 
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kind = kind if ranks() == 1 else f"{ranks()} x {kind}"
@@ -1651,11 +1678,9 @@ def run(config, resume=False):
     for who, answer in dict(teacher=probs, student=student_probs).items():
         summary[f"per_class_{who}"] = dict(zip(classes, score(answer, truth)["per_class"]))
     if heldout:
-        for who, answer in {"teacher_": unseen_probs, "": predict(student, unseen)}.items():
-            right = None if answer is None else score(everyone(answer), everyone(unseen_truth))["accuracy"]
-            summary[f"{who}inductive_accuracy"] = right
-    if rank() > 0:
-        return None
+        said = unseen_probs is not None
+        summary["teacher_inductive_accuracy"] = score(unseen_probs, unseen_truth)["accuracy"] if said else None
+        summary["inductive_accuracy"] = score(unseen_student, unseen_truth)["accuracy"]
     summary["seconds"] = round(time.time() - started, 1)
     write_results(config, Images(pixels, names, classes, truth), probs, table, student, student_probs, summary, skipped)
     return summary
@@ -1670,7 +1695,7 @@ def write_results(config, images, probs, table, student, student_probs, summary,
     write_csv(out / "labels.csv", (dict(zip(columns, row)) for row in rows))
     model = dict(arch=config.arch, size=config.size, classes=classes, student=student.state_dict())
     write_whole(out / "model.pt", partial(torch.save, model))
-    write_whole(out / "summary.json", lambda draft: draft.write_text(json.dumps(summary, indent=1)))
+    write_json(out / "summary.json", summary)
     try:
         import tclip_report
     except ImportError:  # tclip.py was copied alone
@@ -1688,6 +1713,7 @@ def predict_folder(config, path, model):
     student.to(pick_device(config.device))
     source, out = Folder(path), results_folder(config.out, f"predict-{Path(path).resolve().stem}")
     out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # an OSError now rather than at the end
     options = dict(strict=config.strict, memory=config.memory, folder=out, title=str(path))
     pixels, names, *_ = read_images(source, student.size, **options)
     best = predict(student, pixels).topk(min(3, len(classes)))
@@ -1723,6 +1749,9 @@ def main(argv=None):
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
         if not stops_first():
             return 1  # another rank has said why, or what was raised here is that it is gone
+        if isinstance(error, torch.OutOfMemoryError):
+            print("tclip: the GPU has too little memory: try a smaller --batch-size or --size", file=sys.stderr)
+            return 2
         if isinstance(error, RuntimeError):
             raise
         if isinstance(error, KeyboardInterrupt):

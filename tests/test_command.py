@@ -53,6 +53,23 @@ def copy(finished, tmp_path):
     return Path(shutil.copytree(finished[1], tmp_path / "moved"))
 
 
+def test_other_teacher_of_a_data_set(finished, tmp_path):
+    """Pseudo-labels whose classes are in another order: those of a csv file are sorted, the digits' go from zero up.
+
+    Perfect ones have an accuracy of 1, and the labels.csv of a run is a teacher as good as it was.
+    """
+    source, classes = tclip.open_dataset("digits")
+    rows = [dict(file=f"{i:05d}", label=classes[label]) for i, (_, label) in zip(source.indices, source)]
+    tclip.write_csv(tmp_path / "perfect.csv", rows)
+    shutil.copy(finished[1] / "labels.csv", tmp_path)
+    right = json.loads((finished[1] / "summary.json").read_text())["label_accuracy"]
+    for file, accuracy in (("perfect.csv", 1.0), ("labels.csv", right)):
+        out = tmp_path / file.removesuffix(".csv")
+        assert main([*SMALL, "--pseudo-labels", str(tmp_path / file), "--out", str(out)]) == 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["teacher_accuracy"] == accuracy and list(summary["per_class_teacher"]) == classes
+
+
 @pytest.fixture(scope="module")
 def summary(finished):
     return json.loads((finished[1] / "summary.json").read_text())

@@ -61,7 +61,7 @@ def train_plainly(own=slice(None)):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tclip, "Student", plain)
-        patch.setattr(tclip, "has_fast_bfloat16", lambda device: False)  # in float32, whose rounding the tolerances below are for
+        patch.setattr(tclip, "has_fast_bfloat16", lambda device: False)  # the tolerances below are float32's
         patch.setattr(tclip, "augment", lambda pixels, **_: torch.cat([pixels, pixels.flip(3)]) / 255)
         student, labels = train(settings(epochs=3, batch_size=EQUAL, lr=2.0), *coloured(EQUAL, own))
     return dict(student=student.state_dict(), table=labels.table, trust=labels.trust)

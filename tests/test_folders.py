@@ -507,3 +507,14 @@ def test_eps_is_not_run(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "program.eps")
     with pytest.raises(OSError, match="not run"):
         Folder(tmp_path)[0]
+
+
+def test_files_of_the_system(tmp_path):
+    """What macOS and Windows lay into a folder of images by themselves is no image that could not be read."""
+    for name in ("a.png", "b/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    for name in (".DS_Store", "b/.DS_Store", "b/._c.png", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"not an image")
+    (tmp_path / ".hidden.png").write_bytes(b"an image that is cut off")
+    assert tclip.Folder(tmp_path).names == [".hidden.png", "a.png", "b/c.png"]
