@@ -94,7 +94,9 @@ class Config:
     lr: float = setting(0.1, "peak learning rate for a batch of 256, scaled linearly with it", low=0.0)
     weight_decay: float = setting(5e-4, "L2 penalty", low=0.0)
     temperature: float = setting(0.5, "of the contrastive loss", low=1e-3)
-    c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", low=0.0)
+    c3l_weight: float = setting(
+        1.0, "lambda: weight of the contrastive loss beside cross-entropy, for a student that is fully trusted", low=0.0
+    )
     positives: str = setting("instance", "what the contrastive loss pulls together", choices=("instance", "class"))
     negatives: str = setting("other", "what it pushes apart", choices=("all", "other", "same"))
     label_momentum: float = setting(0.5, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
@@ -522,13 +524,13 @@ def train(config, images, probs, out=None, on_epoch=None):
         order = torch.randperm(len(pixels), device=pixels.device)
         order = order[torch.arange(longest, device=pixels.device) % len(order)]  # a shorter one begins anew
         batches = order.tensor_split(steps)
-        cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar)
+        loss, cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar)
         for statistic in student.buffers():  # BatchNorm's: from here on the same on all ranks
             statistic.copy_(total(statistic) / ranks())
         labels.end_epoch()
         row = dict(
             epoch=epoch + 1,
-            loss=cross_entropy + config.c3l_weight * c3l,
+            loss=loss,
             cross_entropy=cross_entropy,
             c3l=c3l,
             lr=learning_rate(config, (epoch + 1) / config.epochs),
@@ -548,13 +550,16 @@ def train(config, images, probs, out=None, on_epoch=None):
 
 
 def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
-    """One pass over the batches, each int64 (B,). Returns the means of cross-entropy and C3L.
+    """One pass over the batches, each int64 (B,). Returns the means of CE(T, p) + w lambda C3L and of both parts.
 
+    w is the trust in the student where the labels follow it, and 1 where they are fixed: to tell images apart helps
+    where alike ones share a class, and where they do not it only takes from what the network learns of the classes.
     With one process no step waits for the device, as long as the pixels lie on it.
     """
     model.train()
     device, steps = labels.table.device, len(batches)
-    losses = torch.zeros(2, device=device)
+    c3l_weight = config.c3l_weight * (labels.trust if config.label_momentum < 1 else 1.0)
+    losses = torch.zeros(3, device=device)
     for step, index in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
@@ -568,10 +573,10 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
             *whole_batch(z, targets), config.temperature, config.positives, config.negatives
         )
         optimizer.zero_grad()
-        (cross_entropy + ranks() * config.c3l_weight * c3l).backward()
+        (cross_entropy + ranks() * c3l_weight * c3l).backward()
         optimizer.step()
         labels.record(index.repeat(2), logits.float().softmax(1), z)
-        losses += torch.stack([cross_entropy, c3l]).detach() / steps
+        losses += torch.stack([cross_entropy + c3l_weight * c3l, cross_entropy, c3l]).detach() / steps
         bar.update()
     return (total(losses) / ranks()).tolist()
 

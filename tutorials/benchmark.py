@@ -53,7 +53,7 @@ RESULTS = HERE / "results"
 SMALL = {
     "digits": ({}, None),
     "mnist": (dict(size=16, arch="resnet8", clip="offline"), 2000),
-    "eurosat": (dict(size=32, arch="resnet8", batch_size=64), 3000),
+    "eurosat": (dict(size=32, arch="resnet8", batch_size=64), 2000),
     "cifar10": (dict(size=32, arch="resnet8", batch_size=64, epochs=20), 5000),
 }
 
