@@ -55,7 +55,7 @@ import time
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from plots import BLACK, BLUE, GREEN, ORANGE, RED, SKY, show_images, show_shares, takeaway
+from plots import BLACK, BLUE, GREEN, ORANGE, RED, SKY, show_images, show_shares, show_source, takeaway
 from sklearn.neighbors import KNeighborsClassifier
 
 started = time.time()
@@ -127,6 +127,13 @@ takeaway(
     f'CLIP says "{images.classes[best]}" to this {images.classes[images.truth[example]]}: the best cosine is '
     f"{first:.3f}, the next {second:.3f}, and the softmax makes {probs[example, best]:.0%} of it."
 )
+
+# %% [markdown]
+# Two functions are all that is needed, and you have now met each of their lines, but for the temperature, which comes
+# next. Here they are as they run, with a link to their place in the file.
+
+# %%
+show_source(tclip.text_classifier, tclip.zero_shot_probs)
 
 # %% [markdown]
 # ## Why divide by a temperature?
@@ -254,26 +261,49 @@ takeaway(
 )
 
 # %% [markdown]
+# ## What do the wrongly named ones have in common?
+#
 # See for yourself: here are images of the worst class, first some that CLIP names rightly, then some that it calls by
-# its favourite wrong name. What do the second have in common?
+# its favourite wrong name.
 
 # %%
 favourite = wrong_names[worst].argmax().item()
-members = (images.truth == worst).nonzero()[:, 0]
-chosen = torch.cat([members[named[members] == worst][:12], members[named[members] == favourite][:12]])
-counts = [(named[members] == c).sum().clamp(max=12).item() for c in (worst, favourite)]
-for part, color in zip(chosen.split(counts), (BLUE, RED)):
-    titles = [images.classes[c] for c in named[part]]
-    show_images(images.pixels[part], titles, columns=12, colors=[color] * len(part), side=0.75)
+of_worst = images.truth == worst  # (N,) bool
+rightly, wrongly = ((of_worst & (named == c)).nonzero()[:, 0] for c in (worst, favourite))
+for group, c, color in ((rightly, worst, BLUE), (wrongly, favourite, RED)):
+    some = group[:12]
+    show_images(images.pixels[some], [images.classes[c]] * len(some), columns=12, colors=[color] * len(some), side=0.75)
     plt.show()
+
+# %% [markdown]
+# One by one they are hard to tell apart. What a group has in common shows in its *mean*: here is that of both groups,
+# and beside them that of the class whose name the second has been given.
+
+# %%
+typical = ((images.truth == favourite) & (named == favourite)).nonzero()[:, 0]
+means = torch.stack([images.pixels[group].float().mean(0) / 255 for group in (rightly, wrongly, typical)])
+it, other = images.classes[worst], images.classes[favourite]
+show_images(means, [f"{it}, called {it}", f"{it}, called {other}", f"{other}, called {other}"], columns=3, side=1.7)
+plt.show()
+
+K = 10
+alike = torch.from_numpy(pixels)[of_worst]  # the images of the worst class, by their pixels
+nearest = torch.cdist(alike, alike).fill_diagonal_(torch.inf).topk(K, largest=False).indices  # without the image itself
+so_called = (named == favourite)[of_worst]
+around, overall = so_called[nearest][so_called].float().mean(), so_called.float().mean()
+takeaway(
+    f"of the {K} images of {it} that look most like one which is called {other}, {around:.0%} are called {other} too; "
+    f"of all images of {it} it is {overall:.0%}. The error has a reason, and it can be seen."
+)
 
 # %% [markdown]
 # ## Why does that hurt more than chance?
 #
 # A network that is trained on diced errors has to learn them image by image, by heart, against all that it sees. Errors
-# that follow from how an image looks can be learned like any other concept: "a seven with a bar is called three" is as
-# good a rule as "a ring is called zero". So a student that simply imitates its teacher will imitate its mistakes. What
-# can help is something that the teacher did not use: the many images themselves, and which of them are alike. Notebooks
+# that follow from how an image looks can be learned like any other concept: "a seven with a bar through its middle is
+# called three" is as good a rule as "a ring is called zero". So a student that simply imitates its teacher will imitate
+# its mistakes. What can help is something that the teacher did not use: the many images themselves, and which of them
+# are alike. Notebooks
 # [2](02_class_conditional_contrast.ipynb) and [3](03_ensemble_labels.ipynb) are about that.
 #
 # **Take-away: errors that follow from the image are learned along with everything else.**
@@ -334,7 +364,7 @@ for c, color, line in ((best_class, GREEN, "--"), (worst, RED, ":")):
 ax.set(xlabel="images kept, the most confident first, in %", ylabel="share, in %", ylim=(0, 102))
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
-half, of_worst = order[: N // 2], images.truth == worst
+half = order[: N // 2]
 takeaway(
     f"in the more confident half {right[half].float().mean():.0%} are right, but of {of_worst.sum()} images of "
     f"{images.classes[worst]} it holds {(right & of_worst)[half].sum()} with the right name. Selecting cleans "
@@ -349,6 +379,16 @@ takeaway(
 # which each class gets (nearly) its equal share. On the digits, and on other data sets of the table `DATASETS` that are
 # about even, tclip starts from those (`--class-prior uniform`); for a folder of your own it does so only if you say so.
 # It is a prior, and only helps where it is about true.
+#
+# Each class has one weight, at first one. All rows are multiplied by the weights and made to sum to one again. A class
+# that then has too little in all gets a larger weight, one that has too much a smaller, and so on, some times over.
+# Where CLIP is sure of a name the row hardly changes; where it hesitates, the class that lacks images wins.
+
+# %%
+show_source(tclip.balance)
+for iterations in (0, 1, 5, 20):
+    sizes = tclip.balance(probs, iterations).sum(0)  # (C,)
+    print(f"{iterations:2} iterations: the classes have from {sizes.min():.0f} to {sizes.max():.0f} of {N} images")
 
 # %%
 balanced = tclip.balance(probs)
@@ -394,8 +434,10 @@ if ONLINE:
     weights = tclip.text_classifier(big_teacher, cifar.classes, tclip.DATASETS["cifar10"].templates).cpu()
     answer = tclip.score(tclip.zero_shot_probs(cifar.features, weights), cifar.truth)
     print(dict(zip(cifar.classes, answer["per_class"])))
-print(
-    f"{len(tclip.DATASETS['cifar10'].templates)} prompts, such as", *tclip.DATASETS["cifar10"].templates[:4], sep="\n  "
+templates = tclip.DATASETS["cifar10"].templates
+print(f"{len(templates)} prompts, such as", *templates[:4], sep="\n  ")
+takeaway(
+    f"a real CLIP goes through the same two calls, with {len(templates)} prompts in place of {len(RECIPE.templates)}."
 )
 
 # %% [markdown]

@@ -20,8 +20,8 @@
 #
 # Cross-entropy believes its labels. A contrastive loss can do without any: it asks of the student that two views of the
 # same image look alike to it, and other images different. The *class-conditional* contrastive loss (C3L) lies between:
-# it uses the labels, but only as far as they are sure, and by default never to pull. This notebook takes it apart, with
-# toy points in the plane.
+# it uses the labels, but only as far as they are sure, and by default never to pull. In training the two losses are
+# added up ([notebook 4](04_training_loop.ipynb)). This notebook takes the second apart, with toy points in the plane.
 #
 # In [tclip.py](../tclip.py) it is one short function: `class_conditional_contrastive_loss`.
 #
@@ -51,7 +51,7 @@ import time
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, takeaway
+from plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, show_source, takeaway
 
 started = time.time()
 STEPS = 20 if os.environ.get("TCLIP_QUICK") == "1" else 400  # few, to test that all cells run
@@ -70,7 +70,8 @@ print(f"default: positives={DEFAULT.positives!r}, negatives={DEFAULT.negatives!r
 #
 # $$L_i = -\log\frac{\exp s_{ii^+}}{\sum_{k\ne i}\exp s_{ik}}$$
 #
-# No label is in it. Let us check that tclip's function says the same, in a few lines.
+# The loss of a batch is the mean of all $L_i$. No label is in it. Let us check that tclip's function says the same, in
+# a few lines.
 
 # %%
 B = 6
@@ -137,9 +138,9 @@ takeaway(
 # %% [markdown]
 # ## Who agrees with whom?
 #
-# So everything hangs on the matrix of agreements. Here it is for some digits, sorted by their true class: as it should
-# be, and as CLIP's pseudo-labels of [notebook 1](01_pseudo_labels.ipynb) make it, hard (the best name only), as they
-# are, and balanced, which is what training on the digits starts from.
+# So everything hangs on the matrix of agreements, $a_{ij}$. Here it is for some digits, sorted by their true class: as
+# it should be, and as CLIP's pseudo-labels of [notebook 1](01_pseudo_labels.ipynb) make it, hard (the best name only),
+# as they are, and balanced, which is what training on the digits starts from.
 
 # %%
 teacher = tclip.load_clip("offline")
@@ -159,9 +160,10 @@ kinds = {
 figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True)
 for ax, (name, labels) in zip(axes, kinds.items()):
     picture = ax.imshow(labels[rows] @ labels[rows].T, cmap="viridis", vmin=0, vmax=1)
-    ax.set_title(name)
+    ax.set(title=name, xlabel="true class of image j")
     ax.set_xticks(torch.arange(C) * EACH + EACH / 2 - 0.5, images.classes, rotation=90)
     ax.set_yticks(torch.arange(C) * EACH + EACH / 2 - 0.5, images.classes)
+axes[0].set_ylabel("true class of image i")
 figure.colorbar(picture, ax=axes, label="agreement", shrink=0.8)
 plt.show()
 
@@ -185,9 +187,9 @@ takeaway(
 # Let us see the forces between single rows. A force is minus the gradient of the loss with respect to a row. It is a
 # sum over the other rows, each of which pulls or pushes along its own direction; and as long as these directions are
 # independent, the sum can be taken apart by solving a linear system. The vectors are drawn at random here, nearly at
-# right angles to each other, so that what you see comes from the weights alone. There are three classes of four images,
-# and the labels are right. (Colours show the root of a force, so that weak ones can be seen as well, and each panel has
-# its own scale: compare within a panel, not between two.)
+# right angles to each other, so that what you see comes from the weights alone. There are three classes, A, B and C, of
+# four images, and the labels are right. (Colours show the root of a force, so that weak ones can be seen as well, and
+# each panel has its own scale: compare within a panel, not between two.)
 
 # %%
 size, members = 3, 4
@@ -206,9 +208,11 @@ for ax, choice in zip(axes, CHOICES):
     for edge in range(1, size):
         ax.axhline(2 * members * edge - 0.5, color=BLACK, lw=0.6)
         ax.axvline(2 * members * edge - 0.5, color=BLACK, lw=0.6)
+    ax.set_xticks(2 * members * torch.arange(size) + members - 0.5, list("ABC"))
+    ax.set_yticks(2 * members * torch.arange(size) + members - 0.5, list("ABC"))
     ax.set_title(title(choice), fontsize=9)
-    ax.set_xlabel("row that acts")
-axes[0].set_ylabel("row that is moved")
+    ax.set_xlabel("row that acts, by class")
+axes[0].set_ylabel("row that is moved, by class")
 bar = figure.colorbar(picture, ax=axes, shrink=0.7, ticks=[-1, 0, 1])
 bar.ax.set_yticklabels(["pushes", "nothing", "pulls"])
 plt.show()
@@ -307,9 +311,9 @@ ax.axhline(0, color="gray", lw=0.8)
 ax.set(xlabel="share of the label on the wrong class", ylabel="force towards\nthe wrong class")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
-turns = {}  # the share of the label at which the force begins to point at the wrong class
+turns = {}  # the share of the label at which the force begins to point at the wrong class, to a percent
 for choice in (("class", "all"), ("class", "other"), ("instance", "other")):
-    turns[choice] = next((s for s in shares.tolist() if towards_b(s, choice) > 0), float("nan"))
+    turns[choice] = next((s / 100 for s in range(101) if towards_b(s / 100, choice) > 0), float("nan"))
     print(f"{title(choice):28} points to the wrong class from a share of {turns[choice]:.0%} on")
 takeaway(
     f"with SupCon's choice {turns[('class', 'all')]:.0%} of the label on the wrong class are enough to turn the image "
@@ -418,10 +422,17 @@ takeaway(
 # %% [markdown]
 # ## What do the lines of the function do?
 #
-# Open [`class_conditional_contrastive_loss`](../tclip.py) beside this. Each line has a reason.
-#
+# Here is [`class_conditional_contrastive_loss`](../tclip.py) as it runs. Each line has a reason; they follow below.
+
+# %%
+show_source(tclip.class_conditional_contrastive_loss)
+
+# %% [markdown]
+# * `own.roll(len(z) // 2, 0)`: the diagonal, moved by $B$ rows, marks the pairs of $i$ and $i + B$: the other views.
 # * `masked_fill(own, -torch.inf)`: a row is no answer to its own question, so its similarity with itself drops out of
 #   every sum.
+# * `.clamp(0, 1)`: labels that sum to one only up to rounding could agree by a little more than one, and the logarithm
+#   of $1 - a$ would not be a number.
 # * `.repeat(2, 2)`: the labels are of images, the rows are views. Both views of an image have its label.
 # * `s + v.log()`: a weight inside a sum of exponentials is the addition of its logarithm in front of it. A weight of
 #   zero becomes minus infinity, and drops out.
@@ -455,10 +466,12 @@ takeaway(
 # <details><summary>Answer</summary>
 #
 # Try `angles = torch.tensor([20.0, 140.0, 80.0, 120.0, 150.0, 190.0])`, run the cells below it anew, and look at
-# `settle(labels_with(0), choice)`. Those that pull classmates bring it back directly, and so does instance + other: it
-# is pushed off by the class it lies in, from both sides, and goes where the stronger side pushes it (from 170 degrees
-# the long way round). With SimCLR it has no reason to go home: nobody told it where that is. With instance + same its
-# own classmates push it farther off, and the parting of the classes is left to cross-entropy.
+# `settle(labels_with(0), choice)`. Those that pull classmates bring it back directly. With instance + other it is
+# pushed off by the class it lies in, from both sides, and goes where the stronger side pushes it: from 140 degrees
+# straight home, from 170 the long way round. But try 160, between the two: it parts the others, and is held among them
+# for ever. A loss that never pulls can get stuck. (So it does on a circle; in more dimensions there are more ways out.)
+# With SimCLR it has no reason to go home: nobody told it where that is. With instance + same its own classmates push it
+# farther off, and the parting of the classes is left to cross-entropy.
 # </details>
 #
 # **3.** Which choice is best for training? Ask the student: `python tclip.py --positives class --negatives all --out

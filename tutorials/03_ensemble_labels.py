@@ -52,7 +52,7 @@ import time
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from plots import BLACK, BLUE, GREEN, ORANGE, RED, SKY, show_images, takeaway
+from plots import BLACK, BLUE, GREEN, ORANGE, RED, SKY, show_images, show_source, takeaway
 
 started = time.time()
 QUICK = os.environ.get("TCLIP_QUICK") == "1"  # a few epochs on a part of the images, to test that all cells run
@@ -165,9 +165,15 @@ takeaway(
 # $w$, the *trust*, is how much the student's word counts against the teacher's. In the first epochs the student has
 # learned too little to be listened to. One can simply wait for some epochs, a *warm-up*, but how many? tclip measures
 # instead: how often do two of an image's neighbours, asked at random, name the same class, and how much more often is
-# that than with two strangers? (Cohen's kappa asks the same of two raters.) Where neighbours are all of one mind the
-# trust is one; where the student guesses it is near zero, and the labels stay the teacher's. No truth is needed for it.
-# What it cannot see is neighbours that agree on a wrong name.
+# that than with two strangers? If $p_{ic}$ is the share of class $c$ in what the neighbours of image $i$ say, then
+#
+# $$w = \frac{a - a_0}{1 - a_0}, \qquad a = \frac 1 N \sum_i \sum_c p_{ic}^2, \qquad
+# a_0 = \sum_c \Big(\frac 1 N \sum_i p_{ic}\Big)^2$$
+#
+# $a$ is the chance that two of the neighbours agree, $a_0$ the chance that two strangers do. (Scott's pi measures in
+# this way how well two raters agree.) Where neighbours are all of one mind the trust is one; where the student guesses
+# it is near zero, and the labels stay the teacher's. No truth is needed for it. What it cannot see is neighbours that
+# agree on a wrong name.
 #
 # Left, the trust; right, how right the labels are. The third run has a higher momentum than the second.
 
@@ -251,7 +257,7 @@ takeaway(
 #
 # Each row of the table is a distribution over the classes, and every epoch moves it by the share $1 - m$ of the way.
 # Here is the path of a few labels: mended ones in the first row; in the second, spoiled or still wrong ones, as far as
-# there are any.
+# there are any. (Where the first label was the true one, the blue line covers the red one.)
 
 # %%
 last_label = table[-1].argmax(1)
@@ -285,14 +291,16 @@ takeaway(
 )
 
 # %% [markdown]
-# Where the first label was the true one, the blue line covers the red one.
-#
 # ## What goes into q?
 #
 # If $q$ were simply the student's own answer, the labels would tend to confirm themselves: the student has been trained
 # on them. tclip asks around instead. It averages the answers over the image's nearest *neighbours* in the student's
-# embedding (the image itself is one of them), sharpens the mean, and balances the whole table over the classes as in
-# notebook 1. Look at a few images whose first label is wrong, each the first of its row, and at their neighbours when
+# embedding (the image itself is one of them): this is the $p_{ic}$ from which the trust was measured. Then it sharpens
+# the mean, that is, raises it to a power $s$, and balances the whole table over the classes as in notebook 1:
+#
+# $$q = \text{balance}\big(p^{\,s}\big)$$
+#
+# Look at a few images whose first label is wrong, each the first of its row, and at their neighbours when
 # training is over, with the first labels (red: wrong).
 
 # %%
@@ -359,6 +367,31 @@ takeaway(
 # Averages that are averaged again each epoch would fade towards grey; the sharpening works against that. The balance is
 # in the labels already that this student learned from; what happens without it is in [results](results/README.md). The
 # teacher's share, $(1 - w)\,T_0$, is what keeps labels from drifting wherever the student goes.
+#
+# ## What do the lines of the class do?
+#
+# Three functions do all of that: one that asks the neighbours, one that listens during the epoch, one that mixes at its
+# end.
+
+# %%
+show_source(tclip.neighbour_mean, tclip.EnsembleLabels.record, tclip.EnsembleLabels.end_epoch)
+
+# %% [markdown]
+# * `everyone` and `total` gather rows and sums from all processes, where several train one student. Where it is one,
+#   they give back what they got: read over them.
+# * `pool`: with very many images the neighbours are sought among some of them, drawn at random, so that the cost of an
+#   image does not grow with their number.
+# * `rows @ bank` are cosines, since all rows have length one; `topk` takes the nearest, and `embedding_bag` averages
+#   their answers.
+# * `index_add_`: an image comes twice in a batch, in two views. `self.predictions[index] += probs` would count one.
+# * `views`: each prediction sums to one, so the sum over the classes says how many were recorded. Images that were not
+#   seen have none, and keep their label.
+# * `agree`, `chance`, `trust`: the formula above, before the sharpening, which would make neighbours look surer than
+#   they are.
+# * `lerp(start, q, trust)` is $(1 - w)\,T_0 + w\,q$; the second `lerp` is the step with $m$.
+# * `.half()`: tables are kept with 16 bits a number, since with many images and classes they get large.
+#
+# **Take-away: listen during the epoch, ask around at its end, and go part of the way.**
 #
 # ## Exercises
 #

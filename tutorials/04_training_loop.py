@@ -55,7 +55,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from plots import BLACK, BLUE, ORANGE, PINK, RED, SKY, show_images, takeaway
+from plots import BLACK, BLUE, ORANGE, PINK, RED, SKY, show_images, show_source, takeaway
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -92,24 +92,43 @@ show_images(torch.stack(columns, 1).flatten(0, 1), columns=10, side=0.7)
 plt.show()
 
 # %% [markdown]
-# Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies them
-# in one sampling. (With one draw for a whole batch, as torchvision's transforms make it, all images of a batch would be
-# cut alike.) Here are the draws of four views, one in a column.
+# Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies
+# them. (With one draw for a whole batch, as torchvision's transforms make it, all images of a batch would be cut
+# alike.) Here are the draws of four views, one in a column. The first four are in shares of the image's side: a width
+# of 0.8 shows a part of the image, one of 1.2 all of it with a margin. The angle is in degrees, and the last three are
+# factors.
+#
+# Window, rotation and mirror together are one matrix of 2 x 3 numbers for each view (`theta` in `apply_views`). It says
+# for each point of the view where in the image it comes from, and `grid_sample` reads all of them at once.
 
 # %%
 draw = tclip.draw_views(4, **{k: v for k, v in tclip.VIEWS[config.views].items() if k != "padding"})
 for name, values in draw.items():
     print(f"{name:11}", "  ".join(f"{v:6.2f}" for v in values.tolist()))
 takeaway(
-    f"a view is {len(draw)} random numbers, drawn for each image anew; the label stays, so the student must see past "
-    "them."
+    f"a view is described by {len(draw)} numbers, drawn anew each time; the label stays, so the student must learn to "
+    "see past them."
 )
+
+# %% [markdown]
+# ## What is the student?
+#
+# A small ResNet, the *backbone*, turns an image into a vector of features. On top of it lie two heads. The
+# *classifier*, one linear layer, makes logits of them, and so names. The *projector*, two layers, makes the embedding
+# of length one that the contrastive loss compares. (Such a head of its own is usual since SimCLR: the loss can then
+# make the embedding forget what tells two views apart, without taking it from the features.)
+
+# %%
+blank = tclip.Student(config.arch, C, config.size)
+logits, z = blank(pixels[:2].float() / 255)
+print("logits", tuple(logits.shape), "| embeddings", tuple(z.shape), "of length", f"{z[0].norm():.3f}")
+weights = {name: sum(p.numel() for p in part.parameters()) for name, part in blank.named_children()}
+takeaway("the student's weights: " + ", ".join(f"{count:,} of the {name}" for name, count in weights.items()) + ".")
 
 # %% [markdown]
 # ## What is the least that trains?
 #
-# A student, an optimizer, cross-entropy with CLIP's names. `Student` returns two things: logits, from which names are
-# made, and an embedding of length one, which we ignore at first.
+# A student, an optimizer, cross-entropy with CLIP's names. The embedding we ignore at first.
 #
 # `report` keeps how right the student is on all images. It was trained on these same images, but with labels of which
 # some are wrong: this is the *transductive* accuracy.
@@ -149,7 +168,7 @@ takeaway(
 )
 
 # %% [markdown]
-# (It may be better than its teacher because ten epochs are too few to memorise all mistakes. In
+# (It may be better than its teacher because these epochs are too few to memorise all mistakes. In
 # [notebook 5](05_benchmark.ipynb) cross-entropy goes on for longer, and ends about as right as its teacher.)
 #
 # ## What does the contrastive loss need?
@@ -295,6 +314,15 @@ takeaway(
     f"our loop and tclip.train end with the same weights, to the bit: {same_bits(student, reference)}; with the same "
     f"labels: {torch.equal(labels.table, reference_labels.table)}."
 )
+
+# %% [markdown]
+# tclip keeps the inner loop in a function of its own. Compare it with yours. What it has in addition: `whole_batch` and
+# `ranks` do nothing where one process trains, `.to(device)` brings batches to a GPU, and the losses are added up where
+# they are, so that no step waits for a number to print. `train`, around it, adds the checkpoint and a row of the log
+# for each epoch.
+
+# %%
+show_source(tclip.train_epoch)
 
 # %% [markdown]
 # Here are the four versions, each with one seed. More than one thing changes between versions, and another seed gives
@@ -498,7 +526,7 @@ takeaway(
 # <details><summary>Answer</summary>
 #
 # It does not fail: `end_epoch` keeps the label of every image that was not seen, and now none was. The labels stay as
-# they were, and it is the second version again.
+# they were, and it is the second version again (up to rounding, as the table is kept with 16 bits a number).
 # </details>
 #
 # **2.** Give both views of an image the same augmentation (make one, and use it twice). What becomes of the contrastive

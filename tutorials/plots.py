@@ -1,5 +1,8 @@
 """Small helpers that the tutorials share: colours that colour-blind readers can tell apart, and a few pictures."""
 
+import inspect
+import textwrap
+
 import matplotlib.pyplot as plt
 from IPython import get_ipython
 from IPython.display import display
@@ -25,6 +28,19 @@ def takeaway(text):
         display({"text/markdown": f"**Take-away: {text}**", "text/plain": f"Take-away: {text}"}, raw=True)
     else:
         print(f"Take-away: {text}")
+
+
+def show_source(*functions):
+    """Show the code of functions of tclip.py as it runs here, under links to their lines. A script only names them."""
+    for function in functions:
+        lines, first = inspect.getsourcelines(function)
+        last = first + len(lines) - 1
+        where, code = f"tclip.py, lines {first} to {last}", textwrap.dedent("".join(lines))
+        if get_ipython():
+            markdown = f"[{where}](../tclip.py#L{first}-L{last})\n\n```python\n{code}```"
+            display({"text/markdown": markdown, "text/plain": f"{where}\n\n{code}"}, raw=True)
+        else:
+            print(f"{function.__qualname__}: {where}")
 
 
 def show_images(pixels, titles=None, columns=10, colors=None, side=0.85):
