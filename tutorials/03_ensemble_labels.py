@@ -335,8 +335,7 @@ own = said["frozen labels"][-1]
 around = tclip.neighbour_mean(embeddings["frozen labels"], own, max(k, 1))
 sharp = around**settings_used.label_sharpness
 sharp = sharp / sharp.sum(1, keepdim=True)
-agree, chance = around.square().sum(1).mean(), around.mean(0).square().sum()
-w = (agree - chance) / (1 - chance)  # the trust
+w = tclip.consensus(around)  # the trust
 balanced = tclip.balance(sharp)
 steps = {
     "first labels": tables["frozen labels"][0],
@@ -370,23 +369,23 @@ takeaway(
 #
 # ## What do the lines of the class do?
 #
-# Three functions do all of that: one that asks the neighbours, one that listens during the epoch, one that mixes at its
-# end.
+# Four functions do all of that: one that asks the neighbours, one that asks how much of one mind they are, one that
+# listens during the epoch, one that mixes at its end.
 
 # %%
-show_source(tclip.neighbour_mean, tclip.EnsembleLabels.record, tclip.EnsembleLabels.end_epoch)
+show_source(tclip.neighbour_mean, tclip.consensus, tclip.EnsembleLabels.record, tclip.EnsembleLabels.end_epoch)
 
 # %% [markdown]
 # * `everyone` and `total` gather rows and sums from all processes, where several train one student. Where it is one,
 #   they give back what they got: read over them.
 # * `pool`: with very many images the neighbours are sought among some of them, drawn at random, so that the cost of an
 #   image does not grow with their number.
-# * `rows @ bank` are cosines, since all rows have length one; `topk` takes the nearest, and `embedding_bag` averages
-#   their answers.
+# * `rows @ bank` are cosines, since all rows have length one; `topk` takes the nearest, and `said[nearest].mean(1)` is
+#   the mean of their answers.
 # * `index_add_`: an image comes twice in a batch, in two views. `self.predictions[index] += probs` would count one.
 # * `views`: each prediction sums to one, so the sum over the classes says how many were recorded. Images that were not
 #   seen have none, and keep their label.
-# * `agree`, `chance`, `trust`: the formula above, before the sharpening, which would make neighbours look surer than
+# * `consensus`: the formula above for $w$, asked before the sharpening, which would make neighbours look surer than
 #   they are.
 # * `lerp(start, q, trust)` is $(1 - w)\,T_0 + w\,q$; the second `lerp` is the step with $m$.
 # * `.half()`: tables are kept with 16 bits a number, since with many images and classes they get large.
