@@ -201,7 +201,8 @@ takeaway(
 #   labels* shows what that alone is worth to plain training; DivideMix uses it as well, in a penalty.
 # - The settings of tclip were chosen by their accuracy on these very digits, and so was the schedule that all share.
 #   Those of the others come from papers on other images, with longer schedules and larger networks. A fair test needs
-#   data that nobody has tuned on: `--suite mnist`, whose figures are in the [README](../README.md), is one.
+#   data that nobody has tuned on. `--suite mnist` is close to it: all but the last choice were made without it. Its
+#   figures are in the [README](../README.md).
 # - *SimCLR + CE* and *SupCon + CE* are cross-entropy and that loss added up, with equal weight. Their papers train the
 #   one after the other.
 # - Co-teaching is told in its paper how many labels are wrong. Here it believes the teacher's own doubt, which is far
