@@ -128,9 +128,9 @@ def test_call():
 def test_commands(tmp_path):
     """The sections that start processes of their own."""
     path = tmp_path / "speed.csv"
-    assert speed.main(["--quick", "--rounds", "1", "--only", "start,memory", "--out", str(path)]) == 0
+    assert speed.main(["--quick", "--rounds", "1", "--only", "start,memory,devices", "--out", str(path)]) == 0
     figures = {row["figure"]: float(row["median"]) for row in rows_of(path)}
-    assert set(figures) == {"import torch", "import tclip, beyond torch", "peak memory"}
+    assert set(figures) == {"import torch", "import tclip, beyond torch", "peak memory", "training"}
     assert all(figures.values())
 
 
