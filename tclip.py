@@ -281,11 +281,11 @@ class EnsembleLabels:
     student with them; it is kept as the given labels are in label propagation (Zhou et al. 2004).
 
     probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: the
-    power that q is raised to. `table` is T, (N, C), rows on the simplex; `trust` is w of the last epoch.
+    power that q is raised to. balanced: False where classes are not about equally frequent; nothing is balanced then.
+    `table` is T, (N, C), rows on the simplex; `trust` is w of the last epoch.
 
     Three tables are kept in float16, 6 N C bytes: `start` (T0), `table` and `predictions`. That is 6 GB for a million
-    images of 1000 classes, and end_epoch() needs some 16 N C more for a moment. A probability is kept to 1 / 2000 of
-    itself.
+    images of 1000 classes, and end_epoch() needs some 16 N C more for a moment. A number is kept to 1 / 2000 of itself.
     """
 
     def __init__(self, probs, momentum=0.5, neighbours=20, sharpness=2.0, balanced=True):
