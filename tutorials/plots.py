@@ -35,10 +35,10 @@ def show_source(*functions):
     for function in functions:
         lines, first = inspect.getsourcelines(function)
         last = first + len(lines) - 1
-        where, code = f"tclip.py, lines {first} to {last}", textwrap.dedent("".join(lines))
+        where = f"tclip.py, lines {first} to {last}"
         if get_ipython():
-            markdown = f"[{where}](../tclip.py#L{first}-L{last})\n\n```python\n{code}```"
-            display({"text/markdown": markdown, "text/plain": f"{where}\n\n{code}"}, raw=True)
+            display({"text/markdown": f"[{where}](../tclip.py#L{first}-L{last})", "text/plain": where}, raw=True)
+            print(textwrap.dedent("".join(lines)), flush=True)  # not as Markdown: some viewers show that without columns
         else:
             print(f"{function.__qualname__}: {where}")
 
