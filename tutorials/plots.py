@@ -38,7 +38,7 @@ def show_source(*functions):
         where = f"tclip.py, lines {first} to {last}"
         if get_ipython():
             display({"text/markdown": f"[{where}](../tclip.py#L{first}-L{last})", "text/plain": where}, raw=True)
-            print(textwrap.dedent("".join(lines)), flush=True)  # not as Markdown: some viewers show that without columns
+            print(textwrap.dedent("".join(lines)), flush=True)  # as Markdown some viewers lose its columns
         else:
             print(f"{function.__qualname__}: {where}")
 
