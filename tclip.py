@@ -661,11 +661,14 @@ def has_fast_bfloat16(device):
 
 
 @torch.inference_mode()
-def predict(student, pixels):
-    """Class probabilities, float32 (N, C) on the CPU, of uint8 pixels (N, 3, H, W) on any device. No augmentation."""
+def predict(student, pixels, batch_area=2**20):
+    """Class probabilities, float32 (N, C) on the CPU, of uint8 pixels (N, 3, H, W) on any device. No augmentation.
+
+    batch_area: images of so many pixels are named at once, 256 of 64 x 64; at most 1024, and at least one.
+    """
     device = next(student.parameters()).device
     student.eval()
-    batch_size = max(1, min(1024, 2**20 // pixels.shape[-1] ** 2))  # a million pixels: 256 images of 64 px
+    batch_size = max(1, min(1024, batch_area // pixels.shape[-1] ** 2))
     batches = (pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size))
     return torch.cat([student(x.to(device).float() / 255)[0].softmax(1).cpu() for x in batches])
 

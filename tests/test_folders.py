@@ -213,7 +213,7 @@ def lay_unreadable(root):
     """Write every kind of file that is no readable image. Returns their names."""
     image = pictures(SIZE, SIZE)["RGB"][0]
     bad = {"empty.jpg": b"", "text.jpg": b"not an image", "page.html": b"<html>", "zeros.png": bytes(1000)}
-    bad["Thumbs.db"] = bytes.fromhex("d0cf11e0a1b11ae1") + bytes(500)
+    bad["database.db"] = bytes.fromhex("d0cf11e0a1b11ae1") + bytes(500)
     bad["vector.svg"] = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
     bad["bomb.png"] = png(60_000, 60_000, 8, bytes(10))  # would be ten gigabytes
     bad["bomb.bmp"] = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, *[0] * 6)
@@ -401,7 +401,7 @@ def test_pixel_file_is_like_a_tensor(tmp_path):
     assert torch.equal(file[index], pixels[index]) and torch.equal(file[2:7], pixels[2:7])
     assert torch.equal(file[8:12], pixels[8:12]) and len(file) == 11
     student = tclip.Student("resnet8", 2, 4)
-    assert torch.equal(tclip.predict(student, file, 4), tclip.predict(student, pixels, 4))
+    assert torch.equal(tclip.predict(student, file, 4 * 4 * 4), tclip.predict(student, pixels, 4 * 4 * 4))
     batch = file[index]
     batch.zero_()  # a batch is a copy
     assert torch.equal(file[:], pixels)

@@ -80,7 +80,7 @@ def test_predict():
     """predict() is a forward pass in eval mode, softmaxed, whatever the size of its batches."""
     student, pixels = warmed_up(), torch.randint(0, 256, (11, 3, 16, 16), dtype=torch.uint8)
     statistics = student.backbone[1].running_mean.clone()
-    results = [predict(student, pixels, batch_size) for batch_size in (1, 3, 11, 1024)]
+    results = [predict(student, pixels, batch_area) for batch_area in (1, 3 * 16 * 16, 11 * 16 * 16, 2**20)]
     assert torch.equal(student.backbone[1].running_mean, statistics)  # nothing is learned from what is predicted
     student.eval()
     with torch.no_grad():
