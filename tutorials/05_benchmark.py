@@ -124,7 +124,8 @@ rows = present or rows  # another machine may round otherwise, and its teacher n
 rows.sort(key=lambda row: list(METHODS).index(row["method"]))
 kept = benchmark.summarise(rows)
 print(benchmark.table(kept))
-print(f"\nmade on {rows[0]['device']} with torch {rows[0]['torch']}")
+makers = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
+print("\nmade on " + "; ".join(makers))
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 0.5 + 0.36 * len(kept)))
