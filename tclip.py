@@ -514,9 +514,8 @@ def train(config, images, probs, out=None, on_epoch=None):
     steps = math.ceil(longest / (config.batch_size // ranks()))  # an epoch
 
     done = len(history)
-    bar = tqdm(
-        total=config.epochs * steps, initial=done * steps, desc="student", unit="step", disable=rank() > 0 or None
-    )
+    quiet = rank() > 0 or None  # None: the bar is shown on a terminal alone
+    bar = tqdm(total=config.epochs * steps, initial=done * steps, desc="student", unit="step", disable=quiet)
     for epoch in range(done, config.epochs):
         started = time.time()
         # The draws of an epoch depend on no earlier one, and differ from rank to rank.
@@ -1123,7 +1122,7 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
         num_workers=min(cores, 16) if len(own) > 2000 else 0,  # workers take seconds to start
     )  # fmt: skip
     kept, truth, rows, failed = [], [], [], []
-    bar = tqdm(total=len(own), desc=title, unit="image", disable=rank() > 0 or None)  # None: shown on a terminal alone
+    bar = tqdm(total=len(own), desc=title, unit="image", disable=rank() > 0 or None)
     for index, labels, views, unreadable in loader:
         bar.update(len(index) + len(unreadable))
         failed += unreadable
@@ -1574,6 +1573,12 @@ def results_folder(out, name):
     return Path(out)
 
 
+def make_folder(out):
+    """Make the folder `out`, and see that a file can be written there. OSError: now, rather than after hours."""
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+
+
 def listed(value, separator=None):
     """Items of a setting: the lines of the text file that it names, or else its parts between separators."""
     if value is None:
@@ -1649,8 +1654,7 @@ def run(config, resume=False):
             options["prepare"], options["encode"] = clip_annotator(config, classes, device)
     if config.pseudo_labels:  # their columns in the order of the classes, by which truth is numbered
         files, _, answers = read_pseudo_labels(config.pseudo_labels, classes)
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # an OSError now rather than after hours
+    make_folder(out)
     if not resume and rank() == 0:
         write_json(out / "config.json", asdict(config))
 
@@ -1720,8 +1724,7 @@ def predict_folder(config, path, model):
     student, classes = load_student(model)
     student.to(pick_device(config.device))
     source, out = Folder(path), results_folder(config.out, f"predict-{Path(path).resolve().stem}")
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # an OSError now rather than at the end
+    make_folder(out)
     options = dict(strict=config.strict, memory=config.memory, folder=out, title=str(path))
     pixels, names, *_ = read_images(source, student.size, **options)
     best = predict(student, pixels).topk(min(3, len(classes)))

@@ -651,12 +651,34 @@ def test_study(tmp_path, monkeypatch, capsys, task):
     assert {file.name for file in tmp_path.iterdir()} == {"digits-study.csv", "digits-study.png"}
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_part_of_a_suite(tmp_path, monkeypatch, task, full):
+    """--images and --teacher reach the task, whatever number the suite has, and the results get files of their own."""
+    asked = []
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "load_task", lambda config, *arguments: asked.append(arguments) or task)
+
+    def one_run(name, config, task):
+        return next(made_up_rows()) | dict(
+            method=name, seed=0, transductive=0.5, inductive=0.5, seconds=1.0,
+            digest=benchmark.digest_of(benchmark.settings_of(name, config, task)),
+        )  # fmt: skip
+
+    monkeypatch.setattr(benchmark, "one_run", one_run)
+    monkeypatch.setitem(benchmark.SMALL, "digits", (dict(size=8), 99))
+    arguments = ["--seeds", "1", "--methods", "GCE", "--images", "7", "--teacher", "truth"] + ["--full"] * full
+    assert benchmark.main(arguments) == 0
+    assert asked == [("truth", 7)]
+    assert {file.name for file in tmp_path.iterdir()} == {"digits-truth-7.csv", "digits-truth-7.png"}
+
+
 @pytest.mark.parametrize(
     "arguments, word",
     [
         (["--methods", "GCE,SC"], "SCE"),
         (["--methods", "GCE", "--study"], "tclip"),
         (["--seeds", "0"], "--seeds"),
+        (["--images", "0"], "--images"),
         (["--teacher", "simulated"], "eurosat"),
     ],
 )
@@ -734,6 +756,15 @@ def test_clip_is_asked(tmp_path, monkeypatch, task, dataset, teacher):
     monkeypatch.setattr(benchmark, "named_by_clip", lambda config, count: replace(task, teacher=config.clip))
     config = complete(Config(dataset, root=str(tmp_path)))
     assert benchmark.load_task(config, teacher, 3).teacher == tclip.DATASETS[dataset].clip
+
+
+def test_truth_as_teacher(cifar10):
+    """Where it is asked for, the truth is the teacher, of the very images that another would name."""
+    config = complete(Config("cifar10", root=str(cifar10), size=16, device="cpu"))
+    task, usual = benchmark.load_task(config, "truth", 8), benchmark.load_task(config, count=8)
+    assert torch.equal(task.images.pixels, usual.images.pixels) and task.images.names == usual.images.names
+    assert task.probs.tolist() == np.eye(3)[usual.images.truth].tolist() and task.heldout_probs is None
+    assert "truth" in task.teacher
 
 
 def test_mnist_without_its_margin(monkeypatch):

@@ -6,13 +6,17 @@
     python tutorials/benchmark.py --suite cifar10 --root data --full # CIFAR-10 with a ResNet-18, for a GPU
     python tutorials/benchmark.py --suite digits --methods tclip,GCE --seeds 3
     python tutorials/benchmark.py --suite digits --study             # tclip with one setting changed, one by one
+    python tutorials/benchmark.py --suite cifar10 --root data --images 50000 --seeds 1   # small network, all images
+    python tutorials/benchmark.py --suite cifar10 --root data --teacher truth --methods cross-entropy   # a ceiling
 
-The methods are those of baselines.py. A finished run is one row of results/SUITE.csv (of the study:
-results/SUITE-study.csv) at once, so that an interrupted benchmark goes on where it was: call it again. A row counts for
-the settings that it was made with; when those change it stays in the file, but is left out of the table, and the run is
-done anew. At the end (and when nothing is left to do) the table is printed, and drawn to a picture beside the csv file.
+The methods are those of baselines.py. A finished run is one row of results/SUITE.csv at once (SUITE-study.csv,
+SUITE-truth.csv, SUITE-50000.csv for --study, --teacher truth, --images 50000), so that an interrupted benchmark goes on
+where it was: call it again. A row counts for the settings that it was made with; when those change it stays in the
+file, but is left out of the table, and the run is done anew. At the end (and when nothing is left to do) the table is
+printed, and drawn to a picture beside the csv file.
 
-Truth is read after a run to count what is right, and by nothing before; the student is that of the last epoch.
+Truth is read after a run to count what is right, and by nothing before (but where --teacher truth asks for it). The
+student is that of the last epoch.
 
 Suites, and who names the images where no CLIP is asked for (--teacher clip):
 
@@ -22,6 +26,8 @@ Suites, and who names the images where no CLIP is asked for (--teacher clip):
     cifar10   where ROOT/cifar10_annotator.npz lies, the out-of-fold predictions in it, of a network trained on noisy
               labels: as often right as a CLIP, but no CLIP. ROOT/cifar10/ then has the images: unlabeled/*.jpg,
               test/CLASS/*.jpg, classes.txt and truth.csv (file, label). Elsewhere CLIP names torchvision's CIFAR-10.
+
+--teacher truth gives a method the true labels: how much can the network learn of these images at all?
 """
 
 import argparse
@@ -48,6 +54,7 @@ import tclip
 from tclip import UserError
 
 RESULTS = HERE / "results"
+ALL_METHODS = STUDY | METHODS
 # Without --full: settings for a CPU, and how many of the unlabeled images are taken. (Of so few natural images, batches
 # of 128 make too few steps, for all methods alike. 20 epochs of 5,000 images teach more than 40 of 2,500.)
 SMALL = {
@@ -86,6 +93,10 @@ def load_task(config, teacher=None, count=None):
     if teacher is None:
         there = config.dataset == "eurosat" or cifar10_annotator(config).exists()
         teacher = "simulated" if there and config.dataset in simulations else "clip"
+    if teacher == "truth":
+        task = load_task(config, count=count)
+        probs = F.one_hot(task.images.truth, len(task.images.classes)).float()
+        return replace(task, probs=probs, heldout_probs=None, teacher="the truth (a ceiling)")
     if teacher == "clip":
         return named_by_clip(config, count)
     if config.dataset not in simulations:
@@ -281,7 +292,7 @@ def settings_of(name, config, task):
 
     The code is not part of it: after a change that matters, delete the file of the results.
     """
-    method = (STUDY | METHODS)[name]
+    method = ALL_METHODS[name]
     config = replace(config, **method.settings)
     fields = asdict(config)
     if method.train is not tclip.train:  # the others read these only
@@ -307,7 +318,7 @@ def worst(result):
 def one_run(name, config, task):
     """Train a student by the method `name`, and its row of the results. UserError: its predictions are not finite."""
     started = time.perf_counter()
-    student, labels = (STUDY | METHODS)[name].run(config, task.images, task.probs)
+    student, labels = ALL_METHODS[name].run(config, task.images, task.probs)
     seconds = time.perf_counter() - started
     probs, heldout_probs = (tclip.predict(student, part.pixels) for part in (task.images, task.heldout))
     if not probs.isfinite().all():
@@ -450,9 +461,10 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, ... [5]")
     parser.add_argument("--methods", help="names, with commas between them [all]")
     parser.add_argument("--study", action="store_true", help="tclip with other settings, in place of other methods")
+    parser.add_argument("--images", type=int, help="how many unlabeled ones [the suite's]")
     parser.add_argument("--full", action="store_true", help="all images and the full network, for a GPU")
     parser.add_argument("--root", default="data", help="folder of the data sets [data]")
-    parser.add_argument("--teacher", choices=("simulated", "clip"), help="who names the images [see above]")
+    parser.add_argument("--teacher", choices=("simulated", "clip", "truth"), help="who names the images [see above]")
     arguments = parser.parse_args(argv)
     try:
         known = STUDY if arguments.study else METHODS
@@ -462,10 +474,14 @@ def main(argv=None):
                 raise UserError(f"unknown method {name!r}; there is: {tclip.nearest(name, known)}")
         if arguments.seeds < 1:
             raise UserError(f"--seeds {arguments.seeds}: must be at least 1")
+        if arguments.images is not None and arguments.images < 1:
+            raise UserError(f"--images {arguments.images}: must be at least 1")
         small, count = ({}, None) if arguments.full else SMALL[arguments.suite]
         config = tclip.complete(tclip.Config(arguments.suite, root=arguments.root, **small))
-        task = load_task(config, arguments.teacher, count)
-        path = RESULTS / f"{arguments.suite}{'-study' * arguments.study}.csv"
+        task = load_task(config, arguments.teacher, arguments.images or count)
+        variant = ["study"] * arguments.study + ["truth"] * (arguments.teacher == "truth")
+        variant += [str(arguments.images)] * bool(arguments.images)
+        path = RESULTS / f"{'-'.join([arguments.suite, *variant])}.csv"
         lines = summarise(benchmark(path, config, task, methods, arguments.seeds))
         tclip.write_whole(path.with_suffix(".png"), lambda draft: draw(draft, arguments.suite, lines))
     except UserError as error:
