@@ -472,7 +472,7 @@ def quick(monkeypatch):
         student = tclip.Student("resnet8", len(images.classes), config.size)
         return student, None
 
-    monkeypatch.setattr(benchmark, "METHODS", {name: replace(METHODS[name], train=train) for name in METHODS})
+    monkeypatch.setattr(benchmark, "ALL_METHODS", {name: replace(METHODS[name], train=train) for name in METHODS})
     return done
 
 
@@ -497,13 +497,12 @@ def test_resume(tmp_path, monkeypatch, task, quick):
     before = rows_of(path)
 
     monkeypatch.setattr(benchmark, "one_run", one_run)
-    rows = benchmark.benchmark(path, settings(), task, methods, 2)
+    benchmark.benchmark(path, settings(), task, methods, 2)
     expected = [(name, str(seed)) for seed in range(2) for name in methods]
     assert [(row["method"], row["seed"]) for row in rows_of(path)] == expected
-    assert [(row["method"], row["seed"]) for row in rows] == expected and rows_of(path)[:2] == before
-    assert quick == [0, 0, 0, 1, 1, 1]
-    assert benchmark.benchmark(path, settings(), task, methods, 2) == rows and len(quick) == 6
-    assert [row["method"] for row in benchmark.benchmark(path, settings(), task, ["SCE"], 1)] == ["SCE"]
+    assert rows_of(path)[:2] == before and quick == [0, 0, 0, 1, 1, 1]
+    benchmark.benchmark(path, settings(), task, methods, 2)
+    assert len(quick) == 6
     assert [file.name for file in path.parent.iterdir()] == ["digits.csv"]
 
 
@@ -528,11 +527,15 @@ STALE = {
 def test_stale(tmp_path, task, quick, change):
     """Rows of other settings stay in the file, and out of the result: the runs are done anew."""
     path = tmp_path / "digits.csv"
-    old = benchmark.benchmark(path, settings(), task, ["GCE", "tclip"], 1)
-    new = benchmark.benchmark(path, *change(settings(), task), ["GCE", "tclip"], 1)
-    assert len(quick) == 4 and rows_of(path) == old + new
-    assert not {row["digest"] for row in old} & {row["digest"] for row in new}
-    assert benchmark.benchmark(path, settings(), task, ["GCE", "tclip"], 1) == old and len(quick) == 4
+    benchmark.benchmark(path, settings(), task, ["GCE", "tclip"], 1)
+    benchmark.benchmark(path, *change(settings(), task), ["GCE", "tclip"], 1)
+    old, new = rows_of(path)[:2], rows_of(path)[2:]
+    assert len(quick) == 4 and not {row["digest"] for row in old} & {row["digest"] for row in new}
+    for rows, present in ((old, [settings(), task]), (new, change(settings(), task))):
+        assert list(benchmark.finished(path, *present, ["tclip", "GCE"]).values()) == rows[::-1]
+        assert list(benchmark.finished(path, *present, ["GCE"])) == [("GCE", 0)]
+    benchmark.benchmark(path, settings(), task, ["GCE", "tclip"], 1)
+    assert len(quick) == 4
 
 
 def test_settings_that_do_not_matter(tmp_path, task):
@@ -558,7 +561,7 @@ def test_row(monkeypatch, task):
     method = baselines.Method(
         "test", train=lambda config, images, probs: (Green(1, 1), type("", (), dict(table=labels)))
     )
-    monkeypatch.setitem(METHODS, "green", method)
+    monkeypatch.setitem(benchmark.ALL_METHODS, "green", method)
     row = benchmark.one_run("green", settings(seed=7), task)
     truth = np.arange(N) % CLASSES
     said = opinion().argmax(1).numpy()
@@ -577,7 +580,7 @@ def test_student_that_blew_up(monkeypatch, task):
     student = tclip.Student("resnet8", CLASSES, 8)
     torch.nn.init.constant_(student.classifier.weight, math.nan)
     method = baselines.Method("test", train=lambda *_: (student, None))
-    monkeypatch.setitem(METHODS, "broken", method)
+    monkeypatch.setitem(benchmark.ALL_METHODS, "broken", method)
     with pytest.raises(UserError, match="broken, seed 0"):
         benchmark.one_run("broken", settings(), task)
 

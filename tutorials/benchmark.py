@@ -12,8 +12,8 @@
 The methods are those of baselines.py. A finished run is one row of results/SUITE.csv at once (SUITE-study.csv,
 SUITE-truth.csv, SUITE-50000.csv for --study, --teacher truth, --images 50000), so that an interrupted benchmark goes on
 where it was: call it again. A row counts for the settings that it was made with; when those change it stays in the
-file, but is left out of the table, and the run is done anew. At the end (and when nothing is left to do) the table is
-printed, and drawn to a picture beside the csv file.
+file, but is left out of the table, and the run is done anew. At the end (and when nothing is left to do) the table of
+all rows that count, earlier ones too, is printed, and drawn to a picture beside the csv file.
 
 Truth is read after a run to count what is right, and by nothing before (but where --teacher truth asks for it). The
 student is that of the last epoch.
@@ -354,20 +354,18 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def benchmark(path, config, task, methods, seeds):
-    """Do the runs that results at `path` lack. Returns the rows of these methods and seeds, of the present settings.
-
-    Seeds are the outer loop, so that what is there after an interruption can be compared.
-    """
+def finished(path, config, task, methods):
+    """The rows at `path` that count: of the present settings, by (method, seed), in the order of `methods`."""
     digests = {name: digest_of(settings_of(name, config, task)) for name in methods}
+    rows = [row for row in read_rows(path) if row["digest"] == digests.get(row["method"])]
+    rows.sort(key=lambda row: (list(methods).index(row["method"]), int(row["seed"])))
+    return {(row["method"], int(row["seed"])): row for row in rows}
 
-    wanted = [(name, seed) for seed in range(seeds) for name in methods]
 
-    def finished():
-        rows = [row for row in read_rows(path) if row["digest"] == digests.get(row["method"])]
-        return {run: row for row in rows if (run := (row["method"], int(row["seed"]))) in wanted}
-
-    missing = [run for run in wanted if run not in finished()]
+def benchmark(path, config, task, methods, seeds):
+    """Do the runs that results at `path` lack. Seeds are the outer loop: what is there at any time can be compared."""
+    done = finished(path, config, task, methods)
+    missing = [(name, seed) for seed in range(seeds) for name in methods if (name, seed) not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, seed in (bar := tqdm(missing, config.dataset, unit="run", disable=None)):
         bar.set_postfix_str(f"{name}, seed {seed}")
@@ -375,8 +373,6 @@ def benchmark(path, config, task, methods, seeds):
         tclip.write_csv(path, [*read_rows(path), row])  # whole or not at all
         tqdm.write(f"{name}, seed {seed}: {row['transductive']:.1%} of the unlabeled, {row['inductive']:.1%} of the "
                    f"held-out images right, {row['seconds']:.0f} s")  # fmt: skip
-    rows = finished()
-    return [rows[run] for run in wanted]
 
 
 # ======================================================================================================================
@@ -482,7 +478,8 @@ def main(argv=None):
         variant = ["study"] * arguments.study + ["truth"] * (arguments.teacher == "truth")
         variant += [str(arguments.images)] * bool(arguments.images)
         path = RESULTS / f"{'-'.join([arguments.suite, *variant])}.csv"
-        lines = summarise(benchmark(path, config, task, methods, arguments.seeds))
+        benchmark(path, config, task, methods, arguments.seeds)
+        lines = summarise(list(finished(path, config, task, known).values()))
         tclip.write_whole(path.with_suffix(".png"), lambda draft: draw(draft, arguments.suite, lines))
     except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
