@@ -53,7 +53,7 @@ import benchmark
 import matplotlib.pyplot as plt
 import torch
 from baselines import METHODS
-from plots import BLACK, BLUE, ORANGE, SKY, takeaway
+from plots import BLACK, BLUE, ORANGE, SKY, show_markdown, takeaway
 from torch.utils.flop_counter import FlopCounterMode
 
 started = time.time()
@@ -123,7 +123,7 @@ present = [
 rows = present or rows  # another machine may round otherwise, and its teacher name an image otherwise
 rows.sort(key=lambda row: list(METHODS).index(row["method"]))
 kept = benchmark.summarise(rows)
-print(benchmark.table(kept))
+show_markdown(benchmark.table(kept), benchmark.table(kept))
 makers = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
 print("\nmade on " + "; ".join(makers))
 

@@ -22,12 +22,17 @@ plt.rcParams.update(
 )
 
 
-def takeaway(text):
-    """Show one bold line, in a notebook as Markdown and elsewhere as plain text. The figures in it come from code."""
+def show_markdown(markdown, plain):
+    """Show the first in a notebook, and print the second elsewhere."""
     if get_ipython():
-        display({"text/markdown": f"**Take-away: {text}**", "text/plain": f"Take-away: {text}"}, raw=True)
+        display({"text/markdown": markdown, "text/plain": plain}, raw=True)
     else:
-        print(f"Take-away: {text}")
+        print(plain)
+
+
+def takeaway(text):
+    """Show one bold line. The figures in it come from code."""
+    show_markdown(f"**Take-away: {text}**", f"Take-away: {text}")
 
 
 def show_source(*functions):
@@ -36,11 +41,9 @@ def show_source(*functions):
         lines, first = inspect.getsourcelines(function)
         last = first + len(lines) - 1
         where = f"tclip.py, lines {first} to {last}"
+        show_markdown(f"[{where}](../tclip.py#L{first}-L{last})", f"{function.__qualname__}: {where}")
         if get_ipython():
-            display({"text/markdown": f"[{where}](../tclip.py#L{first}-L{last})", "text/plain": where}, raw=True)
             print(textwrap.dedent("".join(lines)), flush=True)  # as Markdown some viewers lose its columns
-        else:
-            print(f"{function.__qualname__}: {where}")
 
 
 def show_images(pixels, titles=None, columns=10, colors=None, side=0.85):
