@@ -6,7 +6,8 @@ changed, to see what that setting is worth: STUDY.
 Each method gets what tclip.train() gets, and nothing else: a Config, the unlabeled images and the teacher's
 probabilities. Network, augmentation, two views of each image a step, batch size, epochs, optimiser and learning rate
 are the same for all. No method reads the truth in training. Hyperparameters of the others are those of their papers;
-those of tclip, and what all have in common, were chosen by the accuracy on the digits and on some satellite images.
+those of tclip, and what all have in common, were chosen by the accuracy on the digits, on some satellite images and,
+for the weight of the contrastive loss, on some images of CIFAR-10.
 
 Where settings of tclip.train() make a method, METHODS says which. The others differ in the loss (one shared loop,
 train_with_loss) or train two networks (co_teaching, divide_mix).
