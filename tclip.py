@@ -514,7 +514,8 @@ def train(config, images, probs, out=None, on_epoch=None):
     steps = math.ceil(longest / (config.batch_size // ranks()))  # an epoch
 
     done = len(history)
-    quiet = rank() > 0 or None  # None: the bar is shown on a terminal alone
+    # None: the bar is shown on a terminal alone
+    quiet = rank() > 0 or None
     bar = tqdm(total=config.epochs * steps, initial=done * steps, desc="student", unit="step", disable=quiet)
     for epoch in range(done, config.epochs):
         started = time.time()
@@ -740,6 +741,7 @@ def joined_ranks(device):
     dist.init_process_group(backend, timeout=timedelta(days=1))  # one may be at a download
     dist.barrier()  # nobody writes before all have looked into the folder of the results
     yield
+    dist.barrier()  # nobody leaves before rank 0 has written the results: torchrun would stop it if that one failed
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
@@ -1787,4 +1789,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.modules["tclip"] = sys.modules["__main__"]  # for the modules that import tclip: one UserError, not two
-    sys.exit(main())
+    exit_code = main()
+    if LAUNCHED:  # at a usual exit threads of torch.distributed, which may still run, abort the process now and then
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
