@@ -514,9 +514,7 @@ def train(config, images, probs, out=None, on_epoch=None):
     steps = math.ceil(longest / (config.batch_size // ranks()))  # an epoch
 
     done = len(history)
-    # None: the bar is shown on a terminal alone
-    quiet = rank() > 0 or None
-    bar = tqdm(total=config.epochs * steps, initial=done * steps, desc="student", unit="step", disable=quiet)
+    bar = progress("student", "step", config.epochs * steps, done * steps)
     for epoch in range(done, config.epochs):
         started = time.time()
         # The draws of an epoch depend on no earlier one, and differ from rank to rank.
@@ -1124,7 +1122,7 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
         num_workers=min(cores, 16) if len(own) > 2000 else 0,  # workers take seconds to start
     )  # fmt: skip
     kept, truth, rows, failed = [], [], [], []
-    bar = tqdm(total=len(own), desc=title, unit="image", disable=rank() > 0 or None)
+    bar = progress(title, "image", len(own))
     for index, labels, views, unreadable in loader:
         bar.update(len(index) + len(unreadable))
         failed += unreadable
@@ -1453,6 +1451,11 @@ def as_user_error(message, *kinds, remedy=""):
         yield
     except kinds as error:
         raise UserError(f"{message}: {first_line(error)}" + (f". {remedy}" if remedy else "")) from error
+
+
+def progress(title, unit, total, done=0):
+    """A progress bar, where stderr is a terminal, of rank 0."""
+    return tqdm(desc=title, unit=unit, total=total, initial=done, disable=rank() > 0 or None)
 
 
 def tell(message):

@@ -116,12 +116,9 @@ takeaway(
 # had other work beside.
 
 # %%
-rows = benchmark.read_rows(benchmark.RESULTS / "digits.csv")
-present = [
-    row for row in rows if row["digest"] == benchmark.digest_of(benchmark.settings_of(row["method"], config, task))
-]
-rows = present or rows  # another machine may round otherwise, and its teacher name an image otherwise
-rows.sort(key=lambda row: list(METHODS).index(row["method"]))
+path = benchmark.RESULTS / "digits.csv"
+rows = list(benchmark.finished(path, config, task, METHODS).values())
+rows = rows or benchmark.read_rows(path)  # another machine may round otherwise, and its teacher name an image otherwise
 kept = benchmark.summarise(rows)
 show_markdown(benchmark.table(kept), benchmark.table(kept))
 makers = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})

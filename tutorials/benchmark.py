@@ -56,12 +56,12 @@ from tclip import UserError
 RESULTS = HERE / "results"
 ALL_METHODS = STUDY | METHODS
 # Without --full: settings for a CPU, and how many of the unlabeled images are taken. (Of so few natural images, batches
-# of 128 make too few steps, for all methods alike. 20 epochs of 5,000 images teach more than 40 of 2,500.)
+# of 128 make too few steps, for all methods alike. 20 epochs of many images teach more than 40 of half as many.)
 SMALL = {
     "digits": ({}, None),
     "mnist": (dict(size=16, arch="resnet8", clip="offline"), 2000),
-    "eurosat": (dict(size=32, arch="resnet8", batch_size=64), 2000),
-    "cifar10": (dict(size=32, arch="resnet8", batch_size=64, epochs=20), 5000),
+    "eurosat": (dict(size=32, arch="resnet8", batch_size=64), 6000),
+    "cifar10": (dict(size=32, arch="resnet8", batch_size=64, epochs=20), 10_000),
 }
 
 
