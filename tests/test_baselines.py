@@ -656,10 +656,10 @@ def test_study(tmp_path, monkeypatch, capsys, task):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_part_of_a_suite(tmp_path, monkeypatch, task, full):
-    """--images and --teacher reach the task, whatever number the suite has, and the results get files of their own."""
+    """--images, --epochs and --teacher count, whatever the suite has, and the results get files of their own."""
     asked = []
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    monkeypatch.setattr(benchmark, "load_task", lambda config, *arguments: asked.append(arguments) or task)
+    monkeypatch.setattr(benchmark, "load_task", lambda config, *rest: asked.append((*rest, config.epochs)) or task)
 
     def one_run(name, config, task):
         return next(made_up_rows()) | dict(
@@ -669,10 +669,10 @@ def test_part_of_a_suite(tmp_path, monkeypatch, task, full):
 
     monkeypatch.setattr(benchmark, "one_run", one_run)
     monkeypatch.setitem(benchmark.SMALL, "digits", (dict(size=8), 99))
-    arguments = ["--seeds", "1", "--methods", "GCE", "--images", "7", "--teacher", "truth"] + ["--full"] * full
-    assert benchmark.main(arguments) == 0
-    assert asked == [("truth", 7)]
-    assert {file.name for file in tmp_path.iterdir()} == {"digits-truth-7.csv", "digits-truth-7.png"}
+    arguments = ["--seeds", "1", "--methods", "GCE", "--images", "7", "--teacher", "truth", "--epochs", "2"]
+    assert benchmark.main(arguments + ["--full"] * full) == 0
+    assert asked == [("truth", 7, 2)]
+    assert {file.stem for file in tmp_path.iterdir()} == {"digits-truth-7-2-epochs"}
 
 
 @pytest.mark.parametrize(
@@ -682,6 +682,7 @@ def test_part_of_a_suite(tmp_path, monkeypatch, task, full):
         (["--methods", "GCE", "--study"], "tclip"),
         (["--seeds", "0"], "--seeds"),
         (["--images", "0"], "--images"),
+        (["--epochs", "0"], "--epochs"),
         (["--teacher", "simulated"], "eurosat"),
     ],
 )

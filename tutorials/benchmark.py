@@ -6,14 +6,15 @@
     python tutorials/benchmark.py --suite cifar10 --root data --full # CIFAR-10 with a ResNet-18, for a GPU
     python tutorials/benchmark.py --suite digits --methods tclip,GCE --seeds 3
     python tutorials/benchmark.py --suite digits --study             # tclip with one setting changed, one by one
-    python tutorials/benchmark.py --suite cifar10 --root data --images 50000 --seeds 1   # small network, all images
+    python tutorials/benchmark.py --suite cifar10 --root data --images 50000 --epochs 20 --seeds 1   # all images
     python tutorials/benchmark.py --suite cifar10 --root data --teacher truth --methods cross-entropy   # a ceiling
 
 The methods are those of baselines.py. A finished run is one row of results/SUITE.csv at once (SUITE-study.csv,
-SUITE-truth.csv, SUITE-50000.csv for --study, --teacher truth, --images 50000), so that an interrupted benchmark goes on
-where it was: call it again. A row counts for the settings that it was made with; when those change it stays in the
-file, but is left out of the table, and the run is done anew. At the end (and when nothing is left to do) the table of
-all rows that count, earlier ones too, is printed, and drawn to a picture beside the csv file.
+SUITE-truth.csv, SUITE-50000.csv, SUITE-20-epochs.csv for --study, --teacher truth, --images 50000, --epochs 20), so
+that an interrupted benchmark goes on where it was: call it again. A row counts for the settings that it was made with;
+when those change it stays in the file, but is left out of the table, and the run is done anew. At the end (and when
+nothing is left to do) the table of all rows that count, earlier ones too, is printed, and drawn to a picture beside the
+csv file.
 
 Truth is read after a run to count what is right, and by nothing before (but where --teacher truth asks for it). The
 student is that of the last epoch.
@@ -56,12 +57,12 @@ from tclip import UserError
 RESULTS = HERE / "results"
 ALL_METHODS = STUDY | METHODS
 # Without --full: settings for a CPU, and how many of the unlabeled images are taken. (Of so few natural images, batches
-# of 128 make too few steps, for all methods alike. 20 epochs of many images teach more than 40 of half as many.)
+# of 128 make too few steps, for all methods alike.)
 SMALL = {
     "digits": ({}, None),
     "mnist": (dict(size=16, arch="resnet8", clip="offline"), 2000),
     "eurosat": (dict(size=32, arch="resnet8", batch_size=64), 6000),
-    "cifar10": (dict(size=32, arch="resnet8", batch_size=64, epochs=20), 10_000),
+    "cifar10": (dict(size=32, arch="resnet8", batch_size=64), 10_000),
 }
 
 
@@ -458,6 +459,7 @@ def main(argv=None):
     parser.add_argument("--methods", help="names, with commas between them [all]")
     parser.add_argument("--study", action="store_true", help="tclip with other settings, in place of other methods")
     parser.add_argument("--images", type=int, help="how many unlabeled ones [the suite's]")
+    parser.add_argument("--epochs", type=int, help="passes over the images [as python tclip.py]")
     parser.add_argument("--full", action="store_true", help="all images and the full network, for a GPU")
     parser.add_argument("--root", default="data", help="folder of the data sets [data]")
     parser.add_argument("--teacher", choices=("simulated", "clip", "truth"), help="who names the images [see above]")
@@ -473,10 +475,13 @@ def main(argv=None):
         if arguments.images is not None and arguments.images < 1:
             raise UserError(f"--images {arguments.images}: must be at least 1")
         small, count = ({}, None) if arguments.full else SMALL[arguments.suite]
+        if arguments.epochs is not None:
+            small = small | dict(epochs=arguments.epochs)
         config = tclip.complete(tclip.Config(arguments.suite, root=arguments.root, **small))
         task = load_task(config, arguments.teacher, arguments.images or count)
         variant = ["study"] * arguments.study + ["truth"] * (arguments.teacher == "truth")
         variant += [str(arguments.images)] * bool(arguments.images)
+        variant += [f"{arguments.epochs}-epochs"] * bool(arguments.epochs)
         path = RESULTS / f"{'-'.join([arguments.suite, *variant])}.csv"
         benchmark(path, config, task, methods, arguments.seeds)
         lines = summarise(list(finished(path, config, task, known).values()))
