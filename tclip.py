@@ -269,8 +269,8 @@ class EnsembleLabels:
     T0   the teacher's predictions, balanced over the classes
     q    what the student says of an image: its mean prediction over the views that it saw in that epoch (no extra
          forward pass), averaged over the image's nearest neighbours in its embedding, sharpened, and balanced
-    w    the trust, one number for all images: how much of one mind neighbours are, by consensus(). 1 if they never
-         differ; about 0 (up to 1 / k, as an image is among its neighbours) if they agree no more than strangers do
+    w    the trust, one number for all images: w = a^s / (a^s + (1 - a)^s), where a is how often neighbours agree, by
+         consensus(), and s the sharpness. 1 if they never differ, 1/2 at a = 1/2, next to nothing at a = 1/5
 
     So at first, and for ever where a student cannot make sense of the images, the labels stay the teacher's.
 
@@ -278,10 +278,11 @@ class EnsembleLabels:
     our addition. Neighbours: a wrong label has right ones. Balance: a whole group that is named wrongly shows in the
     size of its class. Sharpening: averages, averaged again each epoch, would fade to grey (MixMatch, Berthelot et al.
     2019). The teacher's share: labels that follow a student which knows less than they do would get worse, and the
-    student with them; it is kept as the given labels are in label propagation (Zhou et al. 2004).
+    student with them; it is kept as the given labels are in label propagation (Zhou et al. 2004). Sharp trust: where
+    neighbours mostly agree, the teacher's share only holds wrong labels back; where they mostly differ, it is needed.
 
-    probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: the
-    power that q is raised to. balanced: False where classes are not about equally frequent; nothing is balanced then.
+    probs: (N, C), the teacher's predictions. momentum: m, in [0, 1]. neighbours: how many, 0 for none. sharpness: s,
+    of the trust, and the power of q. balanced: False where classes are not about equally frequent; nothing is then.
     `table` is T, (N, C), rows on the simplex; `trust` is w of the last epoch.
 
     Three tables are kept in float16, 6 N C bytes: `start` (T0), `table` and `predictions`. That is 6 GB for a million
@@ -314,7 +315,9 @@ class EnsembleLabels:
             q = self.predictions[seen] / views[seen, None]
             if self.neighbours:
                 q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
-            self.trust = consensus(q)  # not image by image: what is named wrongly lies in mixed neighbourhoods
+            agree = consensus(q)  # not image by image: what is named wrongly lies in mixed neighbourhoods
+            yes, no = agree**self.sharpness, (1 - agree) ** self.sharpness
+            self.trust = yes / (yes + no)
             q = q**self.sharpness
             q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
             q = torch.lerp(self.start[seen].float(), q, self.trust)

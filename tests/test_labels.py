@@ -136,7 +136,8 @@ def test_epochs(momentum, balanced, neighbours, sharpness):
             q = np.stack([q[chosen].mean(0) for chosen in neighbours_of(unit, range(len(those)), neighbours)])
         agree = np.mean([sum(p * p for p in row) for row in q])  # two neighbours, asked at random, name one class
         chance = np.mean([np.dot(row, other) for row in q for other in q])  # two neighbours of any two images do
-        trust = max(0, (agree - chance) / (1 - chance))
+        agree = max(0, (agree - chance) / (1 - chance))  # beyond chance
+        trust = agree**sharpness / (agree**sharpness + (1 - agree) ** sharpness)
         assert momentum == 1 or abs(labels.trust - trust) < 1e-3
         q = (1 - trust) * start[those] + trust * read(q**sharpness)
         table[those] = momentum * table[those] + (1 - momentum) * q
