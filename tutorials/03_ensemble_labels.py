@@ -167,13 +167,17 @@ takeaway(
 # instead: how often do two of an image's neighbours, asked at random, name the same class, and how much more often is
 # that than with two strangers? If $p_{ic}$ is the share of class $c$ in what the neighbours of image $i$ say, then
 #
-# $$w = \frac{a - a_0}{1 - a_0}, \qquad a = \frac 1 N \sum_i \sum_c p_{ic}^2, \qquad
-# a_0 = \sum_c \Big(\frac 1 N \sum_i p_{ic}\Big)^2$$
+# $$a = \frac{b - b_0}{1 - b_0}, \qquad b = \frac 1 N \sum_i \sum_c p_{ic}^2, \qquad
+# b_0 = \sum_c \Big(\frac 1 N \sum_i p_{ic}\Big)^2$$
 #
-# $a$ is the chance that two of the neighbours agree, $a_0$ the chance that two strangers do. (Scott's pi measures in
-# this way how well two raters agree.) Where neighbours are all of one mind the trust is one; where the student guesses
-# it is near zero, and the labels stay the teacher's. No truth is needed for it. What it cannot see is neighbours that
-# agree on a wrong name.
+# $b$ is the chance that two of the neighbours agree, $b_0$ the chance that two strangers do. (Scott's pi, which is $a$,
+# measures in this way how well two raters agree.) The trust is that, sharpened:
+#
+# $$w = \frac{a^s}{a^s + (1 - a)^s}, \qquad s = 2$$
+#
+# Where neighbours mostly agree, the student has found what the images have in common, and the teacher's share would
+# only hold back labels that are wrong: $w$ is near one. Where they mostly differ, $w$ is near zero and the labels stay
+# the teacher's. No truth is needed for it. What it cannot see is neighbours that agree on a wrong name.
 #
 # Left, the trust; right, how right the labels are. The third run has a higher momentum than the second.
 
@@ -295,7 +299,7 @@ takeaway(
 #
 # If $q$ were simply the student's own answer, the labels would tend to confirm themselves: the student has been trained
 # on them. tclip asks around instead. It averages the answers over the image's nearest *neighbours* in the student's
-# embedding (the image itself is one of them): this is the $p_{ic}$ from which the trust was measured. Then it sharpens
+# embedding (the image itself is one of them): this is the $p_{ic}$ of the trust. Then it sharpens
 # the mean, that is, raises it to a power $s$, and balances the whole table over the classes as in notebook 1:
 #
 # $$q = \text{balance}\big(p^{\,s}\big)$$
@@ -335,7 +339,8 @@ own = said["frozen labels"][-1]
 around = tclip.neighbour_mean(embeddings["frozen labels"], own, max(k, 1))
 sharp = around**settings_used.label_sharpness
 sharp = sharp / sharp.sum(1, keepdim=True)
-w = tclip.consensus(around)  # the trust
+agree, s = tclip.consensus(around), settings_used.label_sharpness
+w = agree**s / (agree**s + (1 - agree) ** s)  # the trust
 balanced = tclip.balance(sharp)
 steps = {
     "first labels": tables["frozen labels"][0],
@@ -385,7 +390,7 @@ show_source(tclip.neighbour_mean, tclip.consensus, tclip.EnsembleLabels.record, 
 # * `index_add_`: an image comes twice in a batch, in two views. `self.predictions[index] += probs` would count one.
 # * `views`: each prediction sums to one, so the sum over the classes says how many were recorded. Images that were not
 #   seen have none, and keep their label.
-# * `consensus`: the formula above for $w$, asked before the sharpening, which would make neighbours look surer than
+# * `consensus`: the formula above for $a$, asked before $q$ is sharpened, which would make neighbours look surer than
 #   they are.
 # * `lerp(start, q, trust)` is $(1 - w)\,T_0 + w\,q$; the second `lerp` is the step with $m$.
 # * `.half()`: tables are kept with 16 bits a number, since with many images and classes they get large.
