@@ -1,8 +1,8 @@
 """tclip: train a small classifier from unlabeled images and class names alone.
 
-CLIP names every image once: noisy pseudo-labels, wrong for some classes nearly always. A small network is trained
-*from scratch* on them with a class-conditional contrastive loss and ensemble labels, to become better than its teacher
-and to need no CLIP any more.
+CLIP names every image once. Its answers are noisy, and for some classes nearly always wrong. A small network is
+trained *from scratch* on them with a class-conditional contrastive loss and ensemble labels. The aim is a student that
+is better than its teacher and needs no CLIP.
 
     python tclip.py                                # handwritten digits: offline, a minute or two on a CPU
     python tclip.py --dataset cifar10              # CIFAR-10 named by OpenAI's CLIP ViT-B/32, for a GPU
@@ -16,8 +16,8 @@ Method: Huang, Chen, Yang, Xie, Pu, Zhuang, "Transductive CLIP with Class-Condit
 ICASSP 2022, arXiv 2206.06177. The equations, weights and schedule are our reading of it: see README.md.
 
 The method: settings / pseudo-labels / class-conditional contrastive loss / ensemble labels / augmentation / student /
-training / prediction and evaluation. Around it: several devices / images / teachers / files / command line. Ranks are
-the processes of "several devices": one, where torchrun did not start more.
+training / prediction and evaluation. Around it: several devices / images / teachers / files / command line.
+A rank is one of the processes that torchrun starts, see "Several devices"; without torchrun there is one.
 text_classifier, zero_shot_probs, class_conditional_contrastive_loss and EnsembleLabels (with the five functions above
 it) need torch and nothing else of this file: copy them out alone.
 """
@@ -37,7 +37,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -60,8 +59,8 @@ class UserError(Exception):
 
 
 # ======================================================================================================================
-# Settings: one documented field a flag, from which the command line is generated. None = as the data set's entry in
-# DATASETS says (OWN_IMAGES for a folder); everything else is the same for all data sets.
+# Settings: each field is a flag of the command line. Five that are None by default come from the data set's entry in
+# DATASETS, or for a folder from OWN_IMAGES; all other defaults are the same for every data set.
 # ======================================================================================================================
 
 
@@ -102,7 +101,7 @@ class Config:
     label_momentum: float = setting(0.5, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
     class_prior: str = setting(None, "uniform where the classes are about equally frequent", ("uniform", "none"))
     label_neighbours: int = setting(20, "images whose predictions make an ensemble label; 0: only its own", low=0)
-    label_sharpness: float = setting(2.0, "power of the predictions before they are mixed in", low=0.1, high=10)
+    label_sharpness: float = setting(2.0, "s: power of the predictions mixed in, and of the trust", low=0.1, high=10)
     seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
@@ -117,7 +116,7 @@ class Config:
             flag = f"--{f.name.replace('_', '-')} {value}"
             if choices and value not in choices:
                 raise UserError(f"{flag}: choose from {', '.join(choices)}")
-            if f.type in (int, float) and not math.isfinite(value):
+            if f.type is float and not math.isfinite(value):
                 raise UserError(f"{flag}: must be finite")
             if low is not None and value < low:
                 raise UserError(f"{flag}: must be at least {low}")
@@ -181,10 +180,8 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="i
     with torch.autocast(z.device.type, enabled=False):  # exp(s) needs float32
         s = (z.float() @ z.float().T / temperature).masked_fill(own, -torch.inf)
         agreement = (targets.float() @ targets.float().T).clamp(0, 1).repeat(2, 2)
-    w = {"instance": torch.zeros_like(s), "class": agreement}[positives]
-    v = {"all": torch.ones_like(s), "other": 1 - agreement, "same": agreement}[negatives]
-    w = w.masked_fill(own, 0).masked_fill(other_view, 1)
-    v = v.masked_fill(other_view, 1)
+    w = {"instance": torch.zeros_like(s), "class": agreement}[positives].masked_fill(own, 0).masked_fill(other_view, 1)
+    v = {"all": torch.ones_like(s), "other": 1 - agreement, "same": agreement}[negatives].masked_fill(other_view, 1)
 
     denominator = (s + v.log()).logsumexp(1, keepdim=True)  # (2B, 1)
     if positives == "class":  # raise v_ij to 1 in the term of j itself
@@ -230,8 +227,8 @@ def neighbour_mean(embeddings, values, k, pool=50_000):
     bank, said = everyone(embeddings[members]).T, everyone(values[members]).float()  # (D, pool), (pool, C)
     means = []
     for rows in embeddings.split(256):  # a block at a time: N x pool cosines would be gigabytes
-        nearest = (rows @ bank).topk(min(k, len(said))).indices  # (256, k)
-        means.append(said[nearest].mean(1))  # (256, k, C) -> (256, C)
+        near = (rows @ bank).topk(min(k, len(said))).indices  # (256, k)
+        means.append(said[near].mean(1))  # (256, k, C) -> (256, C)
     return torch.cat(means)
 
 
@@ -269,8 +266,8 @@ class EnsembleLabels:
     T0   the teacher's predictions, balanced over the classes
     q    what the student says of an image: its mean prediction over the views that it saw in that epoch (no extra
          forward pass), averaged over the image's nearest neighbours in its embedding, sharpened, and balanced
-    w    the trust, one number for all images: w = a^s / (a^s + (1 - a)^s), where a is how often neighbours agree, by
-         consensus(), and s the sharpness. 1 if they never differ, 1/2 at a = 1/2, next to nothing at a = 1/5
+    w    the trust, one number for all images: w = a^s / (a^s + (1 - a)^s), where a is how far neighbours agree beyond
+         chance, by consensus(), and s the sharpness. With s = 2: 1 at a = 1, 1/2 at a = 1/2, 0.06 at a = 1/5
 
     So at first, and for ever where a student cannot make sense of the images, the labels stay the teacher's.
 
@@ -315,11 +312,11 @@ class EnsembleLabels:
             q = self.predictions[seen] / views[seen, None]
             if self.neighbours:
                 q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
-            agree = consensus(q)  # not image by image: what is named wrongly lies in mixed neighbourhoods
+            agree = consensus(q)  # one number: image by image, a wrong label among mixed neighbours would stay
             yes, no = agree**self.sharpness, (1 - agree) ** self.sharpness
             self.trust = yes / (yes + no)
-            q = q**self.sharpness
-            q = balance(q) if self.balanced else q / q.sum(1, keepdim=True)
+            q = (self.sharpness * q.log()).softmax(1)  # to the power s, and rows that sum to 1
+            q = balance(q) if self.balanced else q
             q = torch.lerp(self.start[seen].float(), q, self.trust)
             self.table[seen] = torch.lerp(q, self.table[seen].float(), self.momentum).half()
         self.predictions.zero_()
@@ -517,44 +514,41 @@ def train(config, images, probs, out=None, on_epoch=None):
     steps = math.ceil(longest / (config.batch_size // ranks()))  # an epoch
 
     done = len(history)
-    bar = progress("student", "step", config.epochs * steps, done * steps)
-    for epoch in range(done, config.epochs):
-        started = time.time()
-        # The draws of an epoch depend on no earlier one, and differ from rank to rank.
-        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1) + 15_485_863 * rank())
-        order = torch.randperm(len(pixels), device=pixels.device)
-        order = order[torch.arange(longest, device=pixels.device) % len(order)]  # a shorter one begins anew
-        batches = order.tensor_split(steps)
-        loss, cross_entropy, c3l = train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar)
-        for statistic in student.buffers():  # BatchNorm's: from here on the same on all ranks
-            statistic.copy_(total(statistic) / ranks())
-        labels.end_epoch()
-        row = dict(
-            epoch=epoch + 1,
-            loss=loss,
-            cross_entropy=cross_entropy,
-            c3l=c3l,
-            lr=learning_rate(config, (epoch + 1) / config.epochs),
-            labels_changed=everyone((labels.table.argmax(1) != first_labels).float()).mean().item(),
-            trust=labels.trust,
-            seconds=round(time.time() - started, 3),
-        )
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {config.lr}")
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, lr {row['lr']:.3f}, labels changed {row['labels_changed']:.1%}")
-        if on_epoch:
-            on_epoch(row, student, labels)
-        history.append(row)
-        checkpoint.save(history)
-    bar.close()
+    with progress("student", "step", config.epochs * steps, done * steps) as bar:
+        for epoch in range(done, config.epochs):
+            started = time.time()
+            # The draws of an epoch depend on no earlier one, and differ from rank to rank.
+            torch.manual_seed(config.seed + 1_000_003 * (epoch + 1) + 15_485_863 * rank())
+            order = torch.randperm(len(pixels), device=pixels.device)
+            order = order[torch.arange(longest, device=pixels.device) % len(order)]  # a shorter one begins anew
+            batches = order.tensor_split(steps)
+            losses = train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar)
+            if not math.isfinite(losses["loss"]):  # on all ranks alike
+                raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {config.lr}")
+            for statistic in student.buffers():  # BatchNorm's: from here on the same on all ranks
+                statistic.copy_(total(statistic) / ranks())
+            labels.end_epoch()
+            row = dict(
+                epoch=epoch + 1,
+                **losses,
+                lr=learning_rate(config, (epoch + 1) / config.epochs),
+                labels_changed=everyone((labels.table.argmax(1) != first_labels).float()).mean().item(),
+                trust=labels.trust,
+                seconds=round(time.time() - started, 3),
+            )
+            bar.set_postfix_str("loss {loss:.3f}, lr {lr:.3f}, labels changed {labels_changed:.1%}".format(**row))
+            if on_epoch:
+                on_epoch(row, student, labels)
+            history.append(row)
+            checkpoint.save(history)
     return student.eval(), labels
 
 
 def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
-    """One pass over the batches, each int64 (B,). Returns the means of CE(T, p) + w lambda C3L and of both parts.
+    """One pass over the batches, each int64 (B,). Returns a dict: the means of CE(T, p) + w lambda C3L and its parts.
 
-    w is the trust in the student where the labels follow it, and 1 where they are fixed: to tell images apart helps
-    where alike ones share a class, and where they do not it only takes from what the network learns of the classes.
+    w is the trust in the student where the labels follow it, and 1 where they are fixed. Telling images apart helps
+    where similar ones share a class; where they do not, it only takes from what the network learns of the classes.
     With one process no step waits for the device, as long as the pixels lie on it.
     """
     model.train()
@@ -562,8 +556,7 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
     c3l_weight = config.c3l_weight * (labels.trust if config.label_momentum < 1 else 1.0)
     losses = torch.zeros(3, device=device)
     for step, index in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
+        optimizer.param_groups[0]["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
         batch, index = pixels[index].to(device), index.to(device)  # uint8 (B, 3, H, W)
         views = augment(batch, views=2, **VIEWS[config.views])  # (2B, 3, H, W)
         targets = labels.targets(index)  # (B, C)
@@ -579,16 +572,16 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
         labels.record(index.repeat(2), logits.float().softmax(1), z)
         losses += torch.stack([cross_entropy + c3l_weight * c3l, cross_entropy, c3l]).detach() / steps
         bar.update()
-    return (total(losses) / ranks()).tolist()
+    return dict(zip(("loss", "cross_entropy", "c3l"), (total(losses) / ranks()).tolist()))
 
 
 class Checkpoint:
-    """What a run needs to go on, in `out`/checkpoint.pt. By any number of ranks: labels go by the names of images."""
+    """What a run needs to go on, in `out`/checkpoint.pt. Labels are found by image name, so any number of ranks can."""
 
     def __init__(self, config, images, out, student, optimizer, labels):
         self.folder, self.student, self.optimizer, self.labels = out, student, optimizer, labels
         self.own_names, self.names = images.names, of_all_ranks(images.names)
-        free = dict(out=None, device="auto", cache="", no_cache=False, memory=0.0)  # it may go on with others of these
+        free = dict(out=None, device="auto", cache="", no_cache=False, memory=0.0)  # these may differ when it goes on
         self.settings = asdict(replace(config, **free)) | dict(classes=images.classes)
 
     def restore(self):
@@ -619,8 +612,8 @@ class Checkpoint:
         state |= dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict())
         if rank() == 0:
             state |= dict(history=history, settings=self.settings)
+            write_csv(self.folder / "metrics.csv", history)  # first: what is cut off between the two is done again
             write_whole(self.folder / "checkpoint.pt", partial(torch.save, state))
-            write_csv(self.folder / "metrics.csv", history)
 
 
 def place(pixels, device):
@@ -684,10 +677,10 @@ def score(probs, truth):
     truth = torch.full((len(probs),), -1) if truth is None else truth
     cells = (truth * classes + probs.argmax(1))[truth >= 0]
     confusion = cells.bincount(minlength=classes**2).view(classes, classes)
-    right, total = confusion.diag(), confusion.sum(1)
+    right, of_class = confusion.diag(), confusion.sum(1)
     return dict(
         accuracy=right.sum().item() / len(cells) if len(cells) else None,
-        per_class=[r / t if t else None for r, t in zip(right.tolist(), total.tolist())],
+        per_class=[r / t if t else None for r, t in zip(right.tolist(), of_class.tolist())],
         confusion=confusion,
     )
 
@@ -699,10 +692,7 @@ def evaluate(student, images):
 
 # ======================================================================================================================
 # That was the method. What follows brings several devices, images and teachers to it, and results to files.
-# ======================================================================================================================
-
-
-# ======================================================================================================================
+#
 # Several devices: torchrun starts this program once for each, as rank 0, 1, ..., W - 1. Each rank has a copy of the
 # student, a W-th of the images and their labels. In a step they exchange gradients and what the contrastive loss
 # compares; after an epoch, the little that the labels need of each other (everyone() above). Rank 0 alone speaks and
@@ -811,7 +801,7 @@ def share_of(n):
 
 
 class ReadAgain:
-    """Pixels of the images `rows` of a data set, read when they are asked for: few are, for the report."""
+    """The images `rows` of a data set, read from it again on demand: the report shows a few, of all ranks."""
 
     def __init__(self, source, rows, size):
         self.source, self.rows, self.size = source, rows, size
@@ -963,7 +953,7 @@ SYSTEM_FILES = r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini"  # that macOS and Win
 
 
 class Folder(torch.utils.data.Dataset):
-    """Every file below a folder (or one file) as (PIL image, label); what is no readable image raises when asked for.
+    """Every file below a folder (or one file) as (PIL image, label). An item that is no readable image raises.
 
     names: relative paths, sorted; bytes that are no text are written as \\x... labels: a dict name -> class number,
     for evaluation alone; the label of other files is -1. Links are followed only to files within the folder.
@@ -1046,7 +1036,9 @@ def centre(image, width, height):
 
 
 class Squares:
-    """Item i of a data set of (PIL image, label): i, label, uint8 arrays by the functions `prepare`, what failed."""
+    """Item i of a data set of (PIL image, label) as (i, label, its uint8 arrays, ""), one array for each function of
+    `prepare`; or, where it cannot be read, (i, -1, [], why). Arrays, since tensors would come from the workers through
+    shared memory, of which containers have little."""
 
     def __init__(self, dataset, prepare):
         self.dataset, self.prepare = dataset, prepare
@@ -1057,16 +1049,6 @@ class Squares:
             return i, label, [prepare(image).numpy() for prepare in self.prepare], ""
         except Exception as error:  # Pillow raises a dozen kinds
             return i, -1, [], first_line(error) or type(error).__name__
-
-    @staticmethod
-    def batch(items):
-        """Of what could be read: numbers, labels and arrays, as many as `prepare`; of what not: numbers and reasons.
-
-        (Tensors would come from the workers through shared memory, of which containers have little.)
-        """
-        good = [item[:3] for item in items if not item[3]]
-        index, labels, views = zip(*good) if good else ((), (), ())
-        return index, labels, [np.stack(view) for view in zip(*views)], [(i, why) for i, _, _, why in items if why]
 
 
 class PixelFile:
@@ -1121,23 +1103,25 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun: so many processes share them
     loader = torch.utils.data.DataLoader(
-        squares, 128, sampler=own, collate_fn=Squares.batch, worker_init_fn=ignore_interrupts,
+        squares, 128, sampler=own, collate_fn=list, worker_init_fn=ignore_interrupts,
         num_workers=min(cores, 16) if len(own) > 2000 else 0,  # workers take seconds to start
     )  # fmt: skip
     kept, truth, rows, failed = [], [], [], []
-    bar = progress(title, "image", len(own))
-    for index, labels, views, unreadable in loader:
-        bar.update(len(index) + len(unreadable))
-        failed += unreadable
-        if strict and failed:
-            raise UserError(f"cannot read {names[failed[0][0]]}: {failed[0][1]}")
-        if index:
-            pixels[len(kept) : len(kept) + len(index)] = torch.from_numpy(views[0])
-            kept += [names[i] for i in index]
-            truth += labels
-            if encode:
-                rows.append(encode(torch.from_numpy(views[1])).cpu())
-    bar.close()
+    with progress(title, "image", len(own)) as bar:
+        for batch in loader:
+            bar.update(len(batch))
+            failed += [(i, why) for i, _, _, why in batch if why]
+            if strict and failed:
+                raise UserError(f"cannot read {names[failed[0][0]]}: {failed[0][1]}")
+            good = [item[:3] for item in batch if not item[3]]
+            if good:
+                index, labels, views = zip(*good)
+                small, *asked = (torch.from_numpy(np.stack(view)) for view in zip(*views))
+                pixels[len(kept) : len(kept) + len(index)] = small
+                kept += [names[i] for i in index]
+                truth += labels
+                if encode:
+                    rows.append(encode(*asked).cpu())
     if not kept:
         first = f", such as {names[failed[0][0]]}: {failed[0][1]}" if failed else ""
         where = " in the share of one process" if ranks() > 1 else ""
@@ -1358,14 +1342,14 @@ def read_npz(path):
             raise ValueError(f"probs are {probs.shape}, for {len(files)} files and {len(classes)} classes")
         if not (np.isfinite(probs).all() and (probs >= 0).all() and (probs.sum(1) > 0).all()):
             raise ValueError("probs are not finite, or below zero, or all zero for an image")
-        for file, times in Counter(files.tolist()).items():
-            if times > 1:
-                raise ValueError(f"{file} twice")
+        known, times = np.unique(files, return_counts=True)
+        if len(known) < len(files):
+            raise ValueError(f"{known[times.argmax()]} twice")
     return files.tolist(), classes.tolist(), torch.from_numpy(probs / probs.sum(1, keepdims=True))
 
 
 def plain(name):
-    """A class name without what people write now so, now so: capitals, underscores, spaces around."""
+    """A class name without what differs from list to list: capitals, underscores, spaces around it."""
     return name.casefold().replace("_", " ").strip()
 
 
@@ -1390,8 +1374,8 @@ def read_pseudo_labels(path, classes=None):
         files, own, probs = read_npz(path)
         classes = classes or own
         order = class_numbers(classes, own, path)
-        if len(order) != len(own):
-            raise UserError(f"{path} has {len(own)} classes, not {len(order)}: {', '.join(own)}")
+        if sorted(order) != list(range(len(own))):
+            raise UserError(f"{path} has {len(own)} classes, not {len(set(order))}: {', '.join(own)}")
         return files, classes, probs[:, order]
     found = read_labels(path)
     labels, confidence = zip(*found.values())
@@ -1462,7 +1446,7 @@ def progress(title, unit, total, done=0):
 
 
 def tell(message):
-    """A remark on the way, on stderr."""
+    """Print a remark on stderr, once for all ranks and without breaking the progress bar."""
     if rank() == 0:
         tqdm.write(f"tclip: {message}", file=sys.stderr)
 
@@ -1582,7 +1566,7 @@ def results_folder(out, name):
 
 
 def make_folder(out):
-    """Make the folder `out`, and see that a file can be written there. OSError: now, rather than after hours."""
+    """Make the folder `out`, and see that a file can be written there: better an OSError now than after hours."""
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
 
@@ -1605,10 +1589,10 @@ def read_truth(truth, names, classes):
     """Class numbers of files by name, for evaluation: a csv file's, or (truth = "folders") those of their folders."""
     if truth == "folders":
         known = {plain(name) for name in classes}
-        labels = {name: Path(name).parent.name for name in names if plain(Path(name).parent.name) in known}
+        labels = {name: own for name in names if plain(own := Path(name).parent.name) in known}
     else:
         labels = {name: label for name, (label, _) in read_labels(truth).items()}
-    there = len(labels.keys() & set(names))
+    there = len(labels.keys() & names)
     if not there:
         raise UserError(f"--truth {truth} tells nothing of the {len(names)} files, such as {names[0]}")
     if there < len(names):
@@ -1616,13 +1600,16 @@ def read_truth(truth, names, classes):
     return dict(zip(labels, class_numbers(labels.values(), classes, truth)))
 
 
-def open_sources(config, classes):
+def open_sources(config):
     """What config names: (unlabeled data set, held-out data set or None, class names)."""
+    classes = listed(config.classes, ",")
     if not config.images:
         unlabeled, own = open_dataset(config.dataset, config.root, "train")
         if classes and len(classes) != len(own):
             raise UserError(f"{config.dataset} has {len(own)} classes, in this order: {', '.join(own)}")
         return unlabeled, open_dataset(config.dataset, config.root, "test")[0], classes or own
+    if config.pseudo_labels and not classes:
+        classes = read_pseudo_labels(config.pseudo_labels)[1]
     if not classes or len(classes) < 2:
         raise UserError('--images needs the names of two classes or more: --classes "cat,dog"')
     unlabeled = Folder(config.images)
@@ -1634,7 +1621,7 @@ def open_sources(config, classes):
 
 
 def clip_annotator(config, classes, device):
-    """CLIP as what names images: (PIL image -> the view that it wants, views -> probs (B, C) on the CPU)."""
+    """CLIP as two functions for read_images(): PIL image -> pixels as it wants them; these -> probs (B, C), CPU."""
     teacher = load_clip(config.clip, device)
     if not config.no_cache:
         teacher = cached(teacher, config.cache)
@@ -1648,16 +1635,13 @@ def clip_annotator(config, classes, device):
 def run(config, resume=False):
     """A whole run: images, pseudo-labels, training, evaluation; the results lie in config.out.
 
-    Returns the summary; with several ranks, to the first of them. To the others, who write nothing, None.
+    Returns the summary on rank 0, which writes the results, and None on the others.
     """
     started, device, out = time.time(), pick_device(config.device), Path(config.out)
     Student(config.arch, 2)  # an unknown arch is told before anything is downloaded
     options = dict(strict=config.strict or not config.images, memory=config.memory, folder=out)
-    classes = listed(config.classes, ",")
-    if config.pseudo_labels and config.images and not classes:
-        classes = read_pseudo_labels(config.pseudo_labels)[1]
     with first_alone():
-        unlabeled, heldout, classes = open_sources(config, classes)
+        unlabeled, heldout, classes = open_sources(config)
         if not config.pseudo_labels:
             options["prepare"], options["encode"] = clip_annotator(config, classes, device)
     if config.pseudo_labels:  # their columns in the order of the classes, by which truth is numbered
@@ -1680,7 +1664,7 @@ def run(config, resume=False):
     order = torch.tensor([row[name] for name in names]).argsort()
     parts = probs, balance(probs), labels.table, predict(student, pixels), truth
     probs, balanced, table, student_probs, truth = (everyone(part).cpu()[order] for part in parts)
-    names = [names[i] for i in order]
+    names.sort(key=row.get)
     pixels = pixels if ranks() == 1 else ReadAgain(unlabeled, [row[name] for name in names], config.size)
     if heldout:
         parts = unseen_probs, predict(student, unseen), unseen_truth
@@ -1694,12 +1678,13 @@ def run(config, resume=False):
     summary |= dict(seed=config.seed, device=kind, torch=torch.__version__, images=len(names), skipped=len(skipped))
     summary["agreement"] = (probs.argmax(1) == student_probs.argmax(1)).float().mean().item()
     said = dict(teacher=probs, balanced_teacher=balanced, label=table, transductive=student_probs)
-    summary |= {f"{name}_accuracy": score(answer, truth)["accuracy"] for name, answer in said.items()}
-    for who, answer in dict(teacher=probs, student=student_probs).items():
-        summary[f"per_class_{who}"] = dict(zip(classes, score(answer, truth)["per_class"]))
+    scores = {name: score(answer, truth) for name, answer in said.items()}
+    summary |= {f"{name}_accuracy": result["accuracy"] for name, result in scores.items()}
+    summary["per_class_teacher"] = dict(zip(classes, scores["teacher"]["per_class"]))
+    summary["per_class_student"] = dict(zip(classes, scores["transductive"]["per_class"]))
     if heldout:
-        said = unseen_probs is not None
-        summary["teacher_inductive_accuracy"] = score(unseen_probs, unseen_truth)["accuracy"] if said else None
+        asked = unseen_probs is not None  # CLIP was; a file of pseudo-labels does not name these images
+        summary["teacher_inductive_accuracy"] = score(unseen_probs, unseen_truth)["accuracy"] if asked else None
         summary["inductive_accuracy"] = score(unseen_student, unseen_truth)["accuracy"]
     summary["seconds"] = round(time.time() - started, 1)
     write_results(config, Images(pixels, names, classes, truth), probs, table, student, student_probs, summary, skipped)
@@ -1720,7 +1705,9 @@ def write_results(config, images, probs, table, student, student_probs, summary,
         import tclip_report
     except ImportError:  # tclip.py was copied alone
         return
-    history, report = read_tensors(out / "checkpoint.pt")["history"], out / "report.html"
+    with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
+        history = list(csv.DictReader(file))
+    report = out / "report.html"
     tclip_report.write_report(report, config, images, probs, table, student_probs, summary, history, skipped)
     if summary["teacher_accuracy"] is not None:
         scores = score(probs, images.truth), score(student_probs, images.truth)
@@ -1731,7 +1718,8 @@ def predict_folder(config, path, model):
     """Name the images in a folder, or one image, by a student, without CLIP. Returns the path of predictions.csv."""
     student, classes = load_student(model)
     student.to(pick_device(config.device))
-    source, out = Folder(path), results_folder(config.out, f"predict-{Path(path).resolve().stem}")
+    source, what = Folder(path), Path(path).resolve()
+    out = results_folder(config.out, f"predict-{what.name if what.is_dir() else what.stem}")
     make_folder(out)
     options = dict(strict=config.strict, memory=config.memory, folder=out, title=str(path))
     pixels, names, *_ = read_images(source, student.size, **options)
@@ -1739,19 +1727,33 @@ def predict_folder(config, path, model):
 
     def row(name, values, numbers):
         cells = dict(file=name)
-        for place, value, number in zip(("", "_2", "_3"), values.tolist(), numbers.tolist()):
-            cells |= {f"label{place}": classes[number], f"confidence{place}": f"{value:.4f}"}
+        for suffix, value, number in zip(("", "_2", "_3"), values.tolist(), numbers.tolist()):
+            cells |= {f"label{suffix}": classes[number], f"confidence{suffix}": f"{value:.4f}"}
         return cells
 
     write_csv(out / "predictions.csv", map(row, names, *best))
     return out / "predictions.csv"
 
 
+def in_one_line(summary):
+    """What a run has come to, for the terminal."""
+
+    def percent(*names):
+        return " -> ".join("?" if summary[name] is None else f"{100 * summary[name]:.1f} %" for name in names)
+
+    if summary["teacher_accuracy"] is None:
+        return f"student and teacher agree on {percent('agreement')} of the images"
+    line = f"teacher -> student: {percent('teacher_accuracy', 'transductive_accuracy')} on the unlabeled images"
+    if "inductive_accuracy" in summary:
+        line += f", {percent('teacher_inductive_accuracy', 'inductive_accuracy')} on held-out ones"
+    return line
+
+
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 after a UserError, 130 after Ctrl-C."""
     config = None
     try:
-        config, action = parse(sys.argv[1:] if argv is None else argv)
+        config, action = parse(argv)
         if action["model"] and LAUNCHED:
             raise UserError("--predict and --export are for one process: leave torchrun out")
         if action["predict"]:
@@ -1765,32 +1767,26 @@ def main(argv=None):
         config = config if action["resume"] else complete(config)
         with joined_ranks(pick_device(config.device)):
             summary = run(config, bool(action["resume"]))
-    except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        if not stops_first():
-            return 1  # another rank has said why, or what was raised here is that it is gone
-        if isinstance(error, torch.OutOfMemoryError):
-            print("tclip: the GPU has too little memory: try a smaller --batch-size or --size", file=sys.stderr)
-            return 2
-        if isinstance(error, RuntimeError):
+    except KeyboardInterrupt:
+        begun = config and config.out and Path(config.out, "config.json").exists()
+        hint = f" Go on with: python tclip.py --resume {config.out}" if begun else ""
+        code, message = 130, f"\ntclip: stopped.{hint}"
+    except torch.OutOfMemoryError:
+        code, message = 2, "tclip: the GPU has too little memory: try a smaller --batch-size or --size"
+    except (UserError, OSError) as error:  # OSError: the disk is full, a name is too long
+        code, message = 2, f"tclip: {first_line(error)}"
+    except RuntimeError:
+        if stops_first():
             raise
-        if isinstance(error, KeyboardInterrupt):
-            begun = config and config.out and Path(config.out, "config.json").exists()
-            hint = f" Go on with: python tclip.py --resume {config.out}" if begun else ""
-            print(f"\ntclip: stopped.{hint}", file=sys.stderr)
-            return 130
-        print(f"tclip: {first_line(error)}", file=sys.stderr)  # also an OSError: the disk is full, a name is too long
-        return 2
-    if summary is None:  # rank 0 speaks
+        return 1
+    else:
+        if summary:  # rank 0 speaks
+            print(f"results in {config.out}\n{in_one_line(summary)}; {summary['seconds']:.0f} s on {summary['device']}")
         return 0
-    shares = {k: "?" if v is None else f"{100 * v:.1f} %" for k, v in summary.items() if isinstance(v, float | None)}
-    said = f"student and teacher agree on {shares['agreement']} of the images"
-    if summary["teacher_accuracy"] is not None:
-        both = f"{shares['teacher_accuracy']} -> {shares['transductive_accuracy']}"
-        said = f"teacher -> student: {both} on the unlabeled images"
-    if "inductive_accuracy" in summary:
-        said += f", {shares['teacher_inductive_accuracy']} -> {shares['inductive_accuracy']} on held-out ones"
-    print(f"results in {config.out}\n{said}; {summary['seconds']:.0f} s on {summary['device']}")
-    return 0
+    if not stops_first():
+        return 1  # another rank has said why, or what was raised here is that it is gone
+    print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

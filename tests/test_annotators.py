@@ -157,6 +157,13 @@ def test_wrong_npz(changes, words, tmp_path):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_npz_with_a_class_twice(tmp_path):
+    """One class of the file under two spellings does not stand for two of them."""
+    np.savez(tmp_path / "answers.npz", **GOOD)
+    with pytest.raises(UserError, match="2 classes, not 1: red, blue"):
+        read_pseudo_labels(tmp_path / "answers.npz", ["Red", "red"])
+
+
 @pytest.mark.parametrize(
     "rows, columns, words",
     [

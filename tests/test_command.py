@@ -273,6 +273,7 @@ def refused(capfd, tmp_path, monkeypatch):
         (["--label-momentum", "1.1"], ["--label-momentum 1.1", "1.0"]),
         (["--seed", "-1"], ["--seed -1", "0"]),
         (["--seed", "99999999999999999999"], ["--seed 99999999999999999999"]),
+        (["--seed", "9" * 400], ["--seed 999", "at most"]),
         (["--positives", "classes"], ["--positives classes", "instance, class"]),
         (["--negatives", "none"], ["--negatives none", "all, other, same"]),
         (["--views", "sketch"], ["--views sketch", "photo"]),
@@ -284,7 +285,7 @@ def refused(capfd, tmp_path, monkeypatch):
         (["--resume", "nowhere", "--epochs", "3"], ["nowhere"]),
         (["--epochs", "3", "--resume=nowhere"], ["nowhere"]),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(words)[:60],
 )
 def test_mistakes(arguments, parts, refused, tmp_path):
     """Wrong names, values out of range, wrong kinds: told before anything is read or written."""

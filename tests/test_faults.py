@@ -132,13 +132,14 @@ os.replace = cut
 
 
 @pytest.mark.parametrize(
-    "name, after",
-    [("config.json", False), ("config.json", True), ("checkpoint.pt", False), ("checkpoint.pt", True)]
-    + [("labels.csv", False), ("model.pt", False), ("summary.json", False)],
+    "name, nth, after",
+    [("config.json", 1, False), ("config.json", 1, True), ("checkpoint.pt", 1, False), ("checkpoint.pt", 1, True)]
+    + [("checkpoint.pt", EPOCHS, True)]
+    + [("labels.csv", 1, False), ("model.pt", 1, False), ("summary.json", 1, False)],
 )
-def test_power_cut_while_a_file_is_written(name, after, given, whole, nursery, tmp_path):
+def test_power_cut_while_a_file_is_written(name, nth, after, given, whole, nursery, tmp_path):
     """The moments that matter most, each for certain: just before and just after a file is put into place."""
-    child = nursery.tclip(*given, "--out", "run", cwd=tmp_path, before=CUT.format(name=name, nth=1, after=after))
+    child = nursery.tclip(*given, "--out", "run", cwd=tmp_path, before=CUT.format(name=name, nth=nth, after=after))
     assert child.wait() == -signal.SIGKILL, child.output
     assert (tmp_path / "run" / name).exists() == after
     for file in (tmp_path / "run").glob("*"):

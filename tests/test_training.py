@@ -116,11 +116,13 @@ def test_checkpoint_of_another_student(tmp_path):
         train(settings(epochs=1), tiny(), opinion(), tmp_path)
 
 
-def test_loss_not_finite(tmp_path):
-    """A run that blows up stops with advice, and leaves no checkpoint of it."""
+@pytest.mark.parametrize("batch_size", [16, 64])  # at 64 an epoch is one step: the second is not finite as a whole
+def test_loss_not_finite(batch_size, tmp_path):
+    """A run that blows up stops with advice, and keeps no epoch whose loss was not finite."""
     with pytest.raises(UserError, match="--lr"):
-        train(settings(lr=1e30), tiny(), opinion(), tmp_path)
-    assert not list(tmp_path.iterdir())
+        train(settings(lr=1e30, batch_size=batch_size), tiny(), opinion(), tmp_path)
+    kept = rows_of(tmp_path / "metrics.csv") if batch_size == 64 else []
+    assert len(kept) == len(list(tmp_path.iterdir())) // 2 and all(math.isfinite(float(row["loss"])) for row in kept)
 
 
 def test_metrics(tmp_path):
@@ -229,13 +231,13 @@ def test_weight_of_the_contrastive_loss():
 
 def test_it_learns():
     """On colours that are easily told apart, the student is right far more often than its teacher."""
-    truth, images = torch.arange(90) % CLASSES, tiny(90)
-    wrong = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:30]
+    truth, images = torch.arange(300) % CLASSES, tiny(300)
+    wrong = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:100]
     said = truth.clone()
     said[wrong] = (truth[wrong] + 1) % CLASSES
     probs = torch.nn.functional.one_hot(said, CLASSES) * 0.8 + 0.2 / CLASSES
-    student, _ = train(settings(epochs=20, lr=0.5, views="photo"), images, probs)
-    assert (predict(student, images.pixels).argmax(1) == truth).float().mean() > 0.8  # the teacher: 2/3
+    student, _ = train(settings(epochs=5, lr=0.5, views="photo"), images, probs)
+    assert (predict(student, images.pixels).argmax(1) == truth).float().mean() > 0.9  # the teacher: 2/3
 
 
 def test_learning_rate():
