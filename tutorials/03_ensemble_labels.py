@@ -299,8 +299,8 @@ takeaway(
 #
 # If $q$ were simply the student's own answer, the labels would tend to confirm themselves: the student has been trained
 # on them. tclip asks around instead. It averages the answers over the image's nearest *neighbours* in the student's
-# embedding (the image itself is one of them): this is the $p_{ic}$ of the trust. Then it sharpens
-# the mean, that is, raises it to a power $s$, and balances the whole table over the classes as in notebook 1:
+# embedding (the image itself is one of them): this is the $p_{ic}$ of the trust. Then it sharpens the mean, that is,
+# raises it to a power $s$, and balances the whole table over the classes as in notebook 1:
 #
 # $$q = \text{balance}\big(p^{\,s}\big)$$
 #

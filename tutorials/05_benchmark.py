@@ -199,8 +199,8 @@ takeaway(
 #   labels* shows what that alone is worth to plain training; DivideMix uses it as well, in a penalty.
 # - The settings of tclip were chosen by their accuracy on these very digits, and so was the schedule that all share.
 #   Those of the others come from papers on other images, with longer schedules and larger networks. A fair test needs
-#   data that nobody has tuned on. `--suite mnist` is close to it: all but the last choice were made without it. Its
-#   figures are in the [README](../README.md).
+#   data that nobody has tuned on. There is none here: `--suite mnist` came close, until its accuracy decided how far
+#   the student is trusted. Its figures are in the [README](../README.md).
 # - *SimCLR + CE* and *SupCon + CE* are cross-entropy and that loss added up, with equal weight. Their papers train the
 #   one after the other.
 # - Co-teaching is told in its paper how many labels are wrong. Here it believes the teacher's own doubt, which is far

@@ -1,7 +1,7 @@
 """Benchmark: tclip beside other ways to learn from the same noisy pseudo-labels, several seeds each.
 
     python tutorials/benchmark.py --suite digits                     # offline
-    python tutorials/benchmark.py --suite mnist --root data          # 2,000 digits of MNIST, hardly tuned on
+    python tutorials/benchmark.py --suite mnist --root data          # 2,000 digits of MNIST
     python tutorials/benchmark.py --suite eurosat --root data        # EuroSAT, sized for a CPU
     python tutorials/benchmark.py --suite cifar10 --root data --full # CIFAR-10 with a ResNet-18, for a GPU
     python tutorials/benchmark.py --suite digits --methods tclip,GCE --seeds 3
