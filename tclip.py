@@ -35,6 +35,7 @@ import signal
 import sqlite3
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -1086,6 +1087,32 @@ def ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@contextmanager
+def interrupts_held(hold):
+    """Give a list to which Ctrl-C is only noted; it counts at the end. Pressed again, it counts at once.
+
+    Where Ctrl-C breaks into a DataLoader as it hands work to its workers, the lock of a queue may stay taken, on which
+    the loader then waits for ever when it ends them.
+    """
+    noted, usual = [], signal.default_int_handler
+    hold = hold and threading.current_thread() is threading.main_thread()  # other threads are never interrupted
+    if not hold or signal.getsignal(signal.SIGINT) is not usual:
+        yield noted
+        return
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if noted:
+        raise KeyboardInterrupt
+
+
 def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0, folder=None, title="images"):
     """Read each image of a data set of (PIL image, label) once, by several processes; with several ranks, its share.
 
@@ -1107,8 +1134,10 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
         num_workers=min(cores, 16) if len(own) > 2000 else 0,  # workers take seconds to start
     )  # fmt: skip
     kept, truth, rows, failed = [], [], [], []
-    with progress(title, "image", len(own)) as bar:
+    with progress(title, "image", len(own)) as bar, interrupts_held(loader.num_workers > 0) as interrupted:
         for batch in loader:
+            if interrupted:
+                break
             bar.update(len(batch))
             failed += [(i, why) for i, _, _, why in batch if why]
             if strict and failed:

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -257,6 +258,7 @@ def test_checkpoint_with_code_in_it(copy, nursery, tmp_path):
 
 SLOW = """
 import time
+from contextlib import nullcontext
 work = tclip.{name}
 def slow(*args, **keywords):
     print("begun", flush=True)
@@ -267,9 +269,14 @@ tclip.{name} = slow
 
 
 def interrupted(child):
-    """Ctrl-C as soon as the work has begun. Returns what was printed, which has no traceback."""
+    """Ctrl-C as soon as the work has begun. Returns what was printed."""
     child.wait_until(lambda: "begun" in child.output)
     child.send(signal.SIGINT)
+    return stopped(child)
+
+
+def stopped(child):
+    """Wait for the end of an interrupted process. Returns what was printed, which has no traceback."""
     assert child.wait() == 130, child.output
     assert "Traceback" not in child.output and "KeyboardInterrupt" not in child.output
     assert "tclip: stopped." in child.output
@@ -294,7 +301,22 @@ def test_ctrl_c_before_anything(given, nursery, tmp_path):
     assert "--resume" not in output
 
 
-def test_ctrl_c_with_workers(given, nursery, tmp_path):
+# Ctrl-C at the worst moment: as work is handed to a worker for the first time, and the lock of its queue is taken.
+IN_A_LOCK = """
+import os, signal, multiprocessing.queues
+put = multiprocessing.queues.Queue.put
+def interrupted(queue, *args):
+    multiprocessing.queues.Queue.put = put
+    queue._notempty.acquire()
+    os.kill(os.getpid(), signal.SIGINT)
+    queue._notempty.release()
+    put(queue, *args)
+multiprocessing.queues.Queue.put = interrupted
+"""
+
+
+@pytest.mark.parametrize("in_a_lock", [False, True])
+def test_ctrl_c_with_workers(in_a_lock, given, nursery, tmp_path):
     """The same while many images are read by several processes, none of which prints a traceback or stays."""
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -302,9 +324,10 @@ def test_ctrl_c_with_workers(given, nursery, tmp_path):
         (photos / f"{i:02d}.ppm").write_bytes(b"P6 1 1 255\n123")
     (tmp_path / "teacher.csv").write_text("file,label\n00.ppm,a\n01.ppm,b\n")
     arguments = ("--images", "photos", "--pseudo-labels", "teacher.csv", "--out", "run", *given[8:])
-    before = "import os; os.sched_getaffinity = lambda process: {0, 1}\n" + SLOW.format(name="upright_rgb")
+    before = "import os; os.sched_getaffinity = lambda process: {0, 1}\n"
+    before += IN_A_LOCK if in_a_lock else SLOW.format(name="upright_rgb")
     child = nursery.tclip(*arguments, cwd=tmp_path, before=before)
-    assert "--resume run" in interrupted(child)
+    assert "--resume run" in (stopped if in_a_lock else interrupted)(child)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
@@ -313,3 +336,17 @@ def test_ctrl_c_with_workers(given, nursery, tmp_path):
             return
         time.sleep(0.05)
     pytest.fail("a worker has stayed")
+
+
+@pytest.mark.parametrize("presses", [0, 1, 2])
+def test_interrupts_held(presses):
+    """Ctrl-C counts at the end of the block; pressed again, at once. After it, Ctrl-C is what it was."""
+    done = []
+    with pytest.raises(KeyboardInterrupt) if presses else nullcontext():
+        with tclip.interrupts_held(True) as noted:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+                done.append(len(noted))
+            done.append("end")
+    assert done == [["end"], [1, "end"], [1]][presses]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
