@@ -94,10 +94,8 @@ class Config:
     lr: float = setting(0.1, "peak learning rate for a batch of 256, scaled linearly with it", low=0.0)
     weight_decay: float = setting(5e-4, "L2 penalty", low=0.0)
     temperature: float = setting(0.5, "of the contrastive loss", low=1e-3)
-    c3l_weight: float = setting(
-        1.0, "lambda: weight of the contrastive loss beside cross-entropy, for a student that is fully trusted", low=0.0
-    )
-    positives: str = setting("instance", "what the contrastive loss pulls together", choices=("instance", "class"))
+    c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", low=0.0)
+    positives: str = setting("both", "what it pulls together; both: by trust", choices=("both", "class", "instance"))
     negatives: str = setting("other", "what it pushes apart", choices=("all", "other", "same"))
     label_momentum: float = setting(0.5, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
     class_prior: str = setting(None, "uniform where the classes are about equally frequent", ("uniform", "none"))
@@ -159,18 +157,20 @@ def zero_shot_probs(image_features, text_features, temperature=0.01):
 # ======================================================================================================================
 
 
-def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="instance", negatives="other"):
-    """Instance discrimination conditioned on class; with positives="class", class discrimination as well.
+def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=1.0, negatives="other"):
+    """Class discrimination and instance discrimination in one contrastive loss, conditioned on class.
 
-        L_i = - sum_j w_ij / (sum_j w_ij) * log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
+        L_i = - sum_j w_ij log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
 
     where j and k run over all rows but i. w says what is pulled together and v what is pushed apart. Both look at the
-    class agreement a_ij = <T_i, T_j>, the chance that i and j share a class by their present labels T. The other view
-    i+ of the same image always has w = v = 1, and in the term of a positive j its own v_ij is 1.
+    class agreement a_ij = <T_i, T_j>, the chance that i and j share a class by their present labels T. Of the other
+    view i+ of the same image it is 1, whatever T. In the term of a positive j its own v_ij is 1.
 
-        positives "instance": w_ij = 0       negatives "all":   v_ik = 1          instance + all = SimCLR (NT-Xent)
-                  "class":    w_ij = a_ij              "other": v_ik = 1 - a_ik   class + all = SupCon, soft labels
-                                                       "same":  v_ik = a_ik
+        w_ij = c a_ij / sum_k a_ik + (1 - c) [j = i+],    c the class_share: 1 pulls by class, 0 by instance
+
+        negatives "all":   v_ik = 1             c = 0: SimCLR (NT-Xent); c = 1: SupCon, with soft labels
+                  "other": v_ik = 1 - a_ik      classmates are not pushed apart
+                  "same":  v_ik = a_ik          nothing else is
 
     z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
     gradient. Returns a float32 scalar, finite whatever the classes. Our reading of arXiv 2206.06177; its limits are
@@ -181,14 +181,14 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, positives="i
     with torch.autocast(z.device.type, enabled=False):  # exp(s) needs float32
         s = (z.float() @ z.float().T / temperature).masked_fill(own, -torch.inf)
         agreement = (targets.float() @ targets.float().T).clamp(0, 1).repeat(2, 2)
-    w = {"instance": torch.zeros_like(s), "class": agreement}[positives].masked_fill(own, 0).masked_fill(other_view, 1)
+    by_instance, by_class = other_view.float(), agreement.masked_fill(own, 0).masked_fill(other_view, 1)
+    w = torch.lerp(by_instance, by_class / by_class.sum(1, keepdim=True), class_share)  # rows sum to 1
     v = {"all": torch.ones_like(s), "other": 1 - agreement, "same": agreement}[negatives].masked_fill(other_view, 1)
 
     denominator = (s + v.log()).logsumexp(1, keepdim=True)  # (2B, 1)
-    if positives == "class":  # raise v_ij to 1 in the term of j itself
-        denominator = torch.logaddexp(denominator, s + (1 - v).log())  # (2B, 2B)
+    denominator = torch.logaddexp(denominator, s + (1 - v).log())  # (2B, 2B): v_ij raised to 1 in the term of j itself
     ratios = (s - denominator).masked_fill(own, 0)  # log-ratios; the diagonal is no term
-    return -((w * ratios).sum(1) / w.sum(1)).mean()
+    return -(w * ratios).sum(1).mean()
 
 
 # ======================================================================================================================
@@ -546,15 +546,15 @@ def train(config, images, probs, out=None, on_epoch=None):
 
 
 def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
-    """One pass over the batches, each int64 (B,). Returns a dict: the means of CE(T, p) + w lambda C3L and its parts.
+    """One pass over the batches, each int64 (B,). Returns a dict: the means of CE(T, p) + lambda C3L and its parts.
 
-    w is the trust in the student where the labels follow it, and 1 where they are fixed. Telling images apart helps
-    where similar ones share a class; where they do not, it only takes from what the network learns of the classes.
+    positives="both" pulls by class at first, and by instance as far as the student is trusted. Telling images apart
+    helps where similar ones share a class, and takes from what the network learns of the classes where they do not.
     With one process no step waits for the device, as long as the pixels lie on it.
     """
     model.train()
     device, steps = labels.table.device, len(batches)
-    c3l_weight = config.c3l_weight * (labels.trust if config.label_momentum < 1 else 1.0)
+    class_share = {"class": 1.0, "instance": 0.0, "both": 1 - labels.trust}[config.positives]
     losses = torch.zeros(3, device=device)
     for step, index in enumerate(batches):
         optimizer.param_groups[0]["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
@@ -565,13 +565,13 @@ def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
             logits, z = model(views.contiguous(memory_format=torch.channels_last))  # (2B, C), (2B, D)
         cross_entropy = F.cross_entropy(logits.float(), targets.repeat(2, 1))
         c3l = class_conditional_contrastive_loss(
-            *whole_batch(z, targets), config.temperature, config.positives, config.negatives
+            *whole_batch(z, targets), config.temperature, class_share, config.negatives
         )
         optimizer.zero_grad()
-        (cross_entropy + ranks() * c3l_weight * c3l).backward()
+        (cross_entropy + ranks() * config.c3l_weight * c3l).backward()
         optimizer.step()
         labels.record(index.repeat(2), logits.float().softmax(1), z)
-        losses += torch.stack([cross_entropy + c3l_weight * c3l, cross_entropy, c3l]).detach() / steps
+        losses += torch.stack([cross_entropy + config.c3l_weight * c3l, cross_entropy, c3l]).detach() / steps
         bar.update()
     return dict(zip(("loss", "cross_entropy", "c3l"), (total(losses) / ranks()).tolist()))
 

@@ -202,8 +202,7 @@ def curves(config, history):
     kinds = [("loss", "loss"), ("cross-entropy", "cross_entropy"), ("contrastive", "c3l")]
     losses = [(name, [float(row[key]) for row in history]) for name, key in kinds]
     changed = [("labels changed", [100 * float(row["labels_changed"]) for row in history])]
-    lead = "Cross-entropy and the contrastive loss should fall, then level off; the loss may rise, since the second "
-    lead += "counts more in it as the trust in the student grows. The labels should move, then settle."
+    lead = "The losses should fall, then level off; the labels should move, then settle."
     if config.class_prior == "uniform":
         lead += " Where some differ already at the start, balancing the classes moved them."
     charts = f"<div class=pair>{chart(epochs, losses)}{chart(epochs, changed, ' %')}</div>"

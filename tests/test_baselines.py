@@ -648,9 +648,9 @@ def test_study(tmp_path, monkeypatch, capsys, task):
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "load_task", lambda *arguments: task)
     monkeypatch.setitem(benchmark.SMALL, "digits", (dict(size=8, epochs=1, device="cpu"), None))
-    chosen = "tclip,positives class + negatives other"
+    chosen = "tclip,positives class + negatives all"
     assert benchmark.main(["--study", "--seeds", "1", "--methods", chosen]) == 0
-    assert "| positives class + negatives other |" in capsys.readouterr().out
+    assert "| positives class + negatives all |" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"digits-study.csv", "digits-study.png"}
 
 

@@ -274,7 +274,7 @@ def refused(capfd, tmp_path, monkeypatch):
         (["--seed", "-1"], ["--seed -1", "0"]),
         (["--seed", "99999999999999999999"], ["--seed 99999999999999999999"]),
         (["--seed", "9" * 400], ["--seed 999", "at most"]),
-        (["--positives", "classes"], ["--positives classes", "instance, class"]),
+        (["--positives", "classes"], ["--positives classes", "both, class, instance"]),
         (["--negatives", "none"], ["--negatives none", "all, other, same"]),
         (["--views", "sketch"], ["--views sketch", "photo"]),
         (["--class-prior", "zipf"], ["--class-prior zipf", "uniform, none"]),

@@ -140,10 +140,8 @@ def test_metrics(tmp_path):
     assert [{k: float(v) for k, v in row.items()} for row in written] == rows
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert [row["labels_changed"] for row in rows] == pytest.approx(changed)
-    trust = [0.0] + [row["trust"] for row in rows]  # in the student as it was after the epoch before
-    assert trust[2] > 0
-    for row, w in zip(rows, trust):
-        assert row["loss"] == pytest.approx(row["cross_entropy"] + w * 0.5 * row["c3l"])
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["cross_entropy"] + 0.5 * row["c3l"])
         assert row["lr"] == learning_rate(config, row["epoch"] / 3)
         assert row["cross_entropy"] > 0 and row["c3l"] > 0 and row["seconds"] >= 0
 
@@ -217,16 +215,33 @@ def test_labels_begin_as_the_teachers(prior):
 
 
 def test_weight_of_the_contrastive_loss():
-    """The contrastive loss is what trains the projector: without its weight only the decay moves that. Its weight is
-    lambda where labels are fixed; where they follow the student it is lambda times the trust, at first none."""
+    """The contrastive loss is what trains the projector: without its weight only the decay moves that."""
     config = settings(weight_decay=0.0)
     torch.manual_seed(config.seed)
     begin = tclip.Student(config.arch, CLASSES, config.size).projector[0].weight
-    cases = ((0.0, 0.5, 4, False), (1.0, 0.5, 4, True), (1.0, 0.5, 1, False), (1.0, 1.0, 1, True))
-    for weight, momentum, epochs, moves in cases:
-        changed = replace(config, c3l_weight=weight, label_momentum=momentum, epochs=epochs)
-        student, _ = train(changed, tiny(), opinion())
+    for weight, moves in ((0.0, False), (1.0, True)):
+        student, _ = train(replace(config, c3l_weight=weight), tiny(), opinion())
         assert torch.equal(student.projector[0].weight, begin) != moves
+
+
+@pytest.mark.parametrize("positives", ["both", "class", "instance"])
+@pytest.mark.parametrize("momentum", [0.5, 1.0])
+def test_what_is_pulled_together(monkeypatch, positives, momentum):
+    """By class, by instance, or by both: by instance as far as the student of the epoch before is trusted, that is not
+    at all where labels are fixed."""
+    shares, trust, loss = [], [0.0], tclip.class_conditional_contrastive_loss
+
+    def spy(z, targets, temperature, class_share, negatives):
+        shares.append(class_share)
+        return loss(z, targets, temperature, class_share, negatives)
+
+    monkeypatch.setattr(tclip, "class_conditional_contrastive_loss", spy)
+    config = settings(epochs=3, positives=positives, label_momentum=momentum)
+    train(config, tiny(), opinion(), on_epoch=lambda row, student, labels: trust.append(row["trust"]))
+    expected = {"both": [1 - w for w in trust], "class": [1.0] * 4, "instance": [0.0] * 4}[positives]
+    steps = len(shares) // 3
+    assert shares == [share for share in expected[:3] for _ in range(steps)]
+    assert (trust[2] > 0) == (momentum < 1)
 
 
 def test_it_learns():

@@ -20,8 +20,9 @@
 #
 # Cross-entropy believes its labels. A contrastive loss can do without any: it asks of the student that two views of the
 # same image look alike to it, and other images different. The *class-conditional* contrastive loss (C3L) lies between:
-# it uses the labels, but only as far as they are sure, and by default never to pull. In training the two losses are
-# added up ([notebook 4](04_training_loop.ipynb)). This notebook takes the second apart, with toy points in the plane.
+# it uses the labels, but only as far as they are sure, and to pull only as long as the student knows no better. In
+# training the two losses are added up ([notebook 4](04_training_loop.ipynb)). This notebook takes the second apart,
+# with toy points in the plane.
 #
 # In [tclip.py](../tclip.py) it is one short function: `class_conditional_contrastive_loss`.
 #
@@ -56,9 +57,15 @@ from plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, show_source, takea
 started = time.time()
 STEPS = 20 if os.environ.get("TCLIP_QUICK") == "1" else 400  # few, to test that all cells run
 torch.manual_seed(0)
-contrast = tclip.class_conditional_contrastive_loss
 DEFAULT = tclip.Config()  # which choice tclip makes when you say nothing
 print(f"default: positives={DEFAULT.positives!r}, negatives={DEFAULT.negatives!r}, temperature={DEFAULT.temperature}")
+
+
+def contrast(z, targets, temperature, positives, negatives):
+    """The loss by the names that `python tclip.py --positives ... --negatives ...` knows."""
+    class_share = {"instance": 0.0, "class": 1.0}[positives]
+    return tclip.class_conditional_contrastive_loss(z, targets, temperature, class_share, negatives)
+
 
 # %% [markdown]
 # ## What does a contrastive loss want?
@@ -84,7 +91,7 @@ simclr = F.cross_entropy(similar, other_view)
 same_by_tclip = contrast(z, any_labels, temperature=0.5, positives="instance", negatives="all")
 takeaway(
     f"SimCLR is cross-entropy over the rows of a batch: {simclr:.4f} by hand, {same_by_tclip:.4f} by tclip with "
-    'positives="instance", negatives="all", whatever the labels.'
+    'class_share=0 (by instance), negatives="all", whatever the labels.'
 )
 
 # %% [markdown]
@@ -97,21 +104,23 @@ takeaway(
 # Both, and more, are one formula with two sets of weights. $w$ says what is pulled, and $v$ what is pushed; $j$ and $k$
 # run over all rows but $i$:
 #
-# $$L_i = -\sum_j \frac{w_{ij}}{\sum_j w_{ij}} \log\frac{\exp s_{ij}}{\sum_{k} v_{ik}\exp s_{ik}}$$
+# $$L_i = -\sum_j w_{ij} \log\frac{\exp s_{ij}}{\sum_{k} v_{ik}\exp s_{ik}}$$
 #
-# The other view always counts fully, $w_{ii^+} = v_{ii^+} = 1$. For the rest, both sets depend on one number for each
-# pair, the *class agreement* $a_{ij} = \langle T_i, T_j\rangle$. If $T_i$ and $T_j$ are the probabilities of the
-# classes of two images, this is the chance that both are of the same class, if one tells nothing about the other.
+# Both sets depend on one number for each pair, the *class agreement* $a_{ij} = \langle T_i, T_j\rangle$. If $T_i$ and
+# $T_j$ are the probabilities of the classes of two images, this is the chance that both are of the same class, if one
+# tells nothing about the other. Of the other view of an image it is one, whatever the labels.
 #
 # | `positives` | `negatives` | $w_{ij}$ | $v_{ik}$ | in words |
 # |---|---|---|---|---|
-# | instance | all | 0 | 1 | SimCLR: pull the other view, push all others |
-# | class | all | $a_{ij}$ | 1 | SupCon with soft labels: pull classmates, push all others |
-# | instance | other | 0 | $1-a_{ik}$ | pull the other view, push those of other classes |
-# | instance | same | 0 | $a_{ik}$ | pull the other view, push classmates: which one of its class is it? |
-# | class | other | $a_{ij}$ | $1-a_{ik}$ | pull classmates, push those of other classes |
+# | instance | all | 1 for $j=i^+$, else 0 | 1 | SimCLR: pull the other view, push all others |
+# | class | all | $a_{ij}/\sum_k a_{ik}$ | 1 | SupCon with soft labels: pull classmates, push all others |
+# | instance | other | 1 for $j=i^+$, else 0 | $1-a_{ik}$ | pull the other view, push those of other classes |
+# | instance | same | 1 for $j=i^+$, else 0 | $a_{ik}$ | the same, push classmates: which one of its class is it? |
+# | class | other | $a_{ij}/\sum_k a_{ik}$ | $1-a_{ik}$ | pull classmates, push those of other classes |
 #
-# (With `positives="class"`, the term of a positive $j$ has $v_{ij} = 1$, so that no ratio can exceed one.)
+# (The other view has $v_{ii^+} = 1$; and in the term of a positive $j$ its own $v_{ij}$ is 1, so that no ratio can
+# exceed one.) The default, `--positives both`, lies between the last of these and instance + other; we come to it when
+# we know both.
 
 # %%
 CHOICES = [("instance", "all"), ("class", "all"), ("instance", "other"), ("instance", "same"), ("class", "other")]
@@ -120,8 +129,7 @@ LINES = dict(zip(CHOICES, zip((BLACK, RED, BLUE, GREEN, PINK), ("-", "--", "-", 
 
 def title(choice):
     known = {("instance", "all"): " (SimCLR)", ("class", "all"): " (SupCon)"}
-    ours = " (default)" if choice == (DEFAULT.positives, DEFAULT.negatives) else ""
-    return " + ".join(choice) + known.get(choice, "") + ours
+    return " + ".join(choice) + known.get(choice, "")
 
 
 one_class, no_class = torch.ones(B, 1), torch.eye(B)  # everybody agrees; nobody does
@@ -389,6 +397,39 @@ takeaway(
 # No choice is safe. Those that read labels act on what labels say, and SimCLR, which reads none, learns nothing from
 # the right ones either. Labels that are sure of a wrong class have to be mended, or at least doubted: that is the
 # subject of [notebook 3](03_ensemble_labels.ipynb).
+#
+# ## So which one does tclip take?
+#
+# Both: pull by class, and by instance, in shares $c$ and $1 - c$ that change as the student learns:
+#
+# $$w_{ij} = c\,\frac{a_{ij}}{\sum_k a_{ik}} + (1-c)\,[j=i^+], \qquad c = 1 - \text{trust}$$
+#
+# The *trust* in the student, between 0 and 1, comes from the ensemble labels ([notebook 3](03_ensemble_labels.ipynb)):
+# it is high where images that look alike to the student are called alike. At first it is low. The labels are the best
+# that there is then, and to pull by them teaches classes. Once it is high, alike images belong together of themselves;
+# then it pays to tell images apart, so that a group with a wrong name can part from the class of that name. Here is
+# the force on the mislabelled image again, for five values of $c$.
+
+# %%
+pulled_by = {c: [] for c in (1.0, 0.75, 0.5, 0.25, 0.0)}
+shares = torch.linspace(0, 1, 21)
+for c, forces in pulled_by.items():
+    for share in shares.tolist():
+        moving = turn.clone().requires_grad_()
+        points = torch.stack([moving.cos(), moving.sin()], 1)
+        tclip.class_conditional_contrastive_loss(points, labels_with(share), 0.5, c).backward()
+        forces.append(-moving.grad[[WRONG, WRONG + 6]].sum().item())
+figure, ax = plt.subplots(figsize=(7, 3.2))
+for (c, forces), color, line in zip(pulled_by.items(), (PINK, ORANGE, GREEN, SKY, BLUE), ("-.", "--", ":", "--", "-")):
+    ax.plot(shares, forces, color=color, ls=line, label=f"c = {c:g}")
+ax.axhline(0, color="gray", lw=0.8)
+ax.set(xlabel="share of the label on the wrong class", ylabel="force towards\nthe wrong class")
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+plt.show()
+takeaway(
+    f"as the trust grows, the pull of a label that is entirely wrong falls from {pulled_by[1.0][-1]:+.3f} (all by "
+    f"class) to {pulled_by[0.0][-1]:+.3f} (all by instance)."
+)
 
 # %% [markdown]
 # ## What does the temperature do?
@@ -440,7 +481,8 @@ show_source(tclip.class_conditional_contrastive_loss)
 # * `logaddexp(denominator, s + (1 - v).log())`: raises $v_{ij}$ to one in the term of $j$ itself.
 # * `autocast(enabled=False)` and `.float()`: exponentials need the digits that bfloat16 lacks.
 # * `(s - denominator).masked_fill(own, 0)`: the diagonal is minus infinity, and zero times infinity is not a number.
-# * `w` always holds the other view. So no row is ever without a positive, and no division by zero can happen.
+# * `by_class` always holds the other view. So no row is ever without a positive, and no division by zero can happen.
+# * `torch.lerp(by_instance, by_class, c)` is $(1 - c)$ of the first and $c$ of the second. The rows of both sum to one.
 #
 # **Take-away: two tables of weights, one masked softmax, and a few lines against infinities.**
 #

@@ -192,7 +192,7 @@ def second_version():
             logits, z = student(views)  # (2B, C), (2B, D)
             loss = F.cross_entropy(logits, targets[index].repeat(2, 1))
             loss = loss + config.c3l_weight * tclip.class_conditional_contrastive_loss(
-                z, targets[index], config.temperature, config.positives, config.negatives
+                z, targets[index], config.temperature, class_share=1.0, negatives=config.negatives
             )
             optimizer.zero_grad()
             loss.backward()
@@ -213,9 +213,10 @@ takeaway(
 # Three calls. `targets` in place of the fixed table; `record` what the student says, after each step; `end_epoch` mixes
 # it in ([notebook 3](03_ensemble_labels.ipynb)). The student says it anyway, so this costs next to nothing.
 #
-# And the trust $w$ that comes of it, `labels.trust`, has a second use: the contrastive loss counts only as far as the
-# student is trusted. To tell images apart helps where alike ones share a class. Where they do not, as in the first
-# epoch, it would only take from what the network learns of the classes.
+# And the trust $w$ that comes of it, `labels.trust`, has a second use: the contrastive loss pulls classmates together
+# with the share $1 - w$, and otherwise only the two views of an image
+# ([notebook 2](02_class_conditional_contrast.ipynb)). To tell images apart helps where alike ones share a class. Where
+# they do not, as in the first epoch, it would only take from what the network learns of the classes.
 
 
 # %%
@@ -232,8 +233,8 @@ def third_version():
             targets = labels.targets(index)
             logits, z = student(views)
             loss = F.cross_entropy(logits, targets.repeat(2, 1))
-            loss = loss + labels.trust * config.c3l_weight * tclip.class_conditional_contrastive_loss(
-                z, targets, config.temperature, config.positives, config.negatives
+            loss = loss + config.c3l_weight * tclip.class_conditional_contrastive_loss(
+                z, targets, config.temperature, 1 - labels.trust, config.negatives
             )
             optimizer.zero_grad()
             loss.backward()
@@ -293,8 +294,8 @@ def last_version():
             with torch.autocast(device.type, torch.bfloat16, enabled=tclip.has_fast_bfloat16(device)):
                 logits, z = student(views.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), targets.repeat(2, 1))
-            loss = loss + labels.trust * config.c3l_weight * tclip.class_conditional_contrastive_loss(
-                z, targets, config.temperature, config.positives, config.negatives
+            loss = loss + config.c3l_weight * tclip.class_conditional_contrastive_loss(
+                z, targets, config.temperature, 1 - labels.trust, config.negatives
             )
             optimizer.zero_grad()
             loss.backward()

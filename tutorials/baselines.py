@@ -396,10 +396,10 @@ def changed(**settings):
 
 STUDY = {"tclip": METHODS["tclip"], "hard labels at the start": Method("this project", hard)} | dict(
     [
-        changed(positives="instance", negatives="all"),
-        changed(positives="instance", negatives="same"),
+        *(changed(positives=value) for value in ("class", "instance")),
+        *(changed(negatives=value) for value in ("all", "same")),
         changed(positives="class", negatives="all"),
-        changed(positives="class", negatives="other"),
+        changed(positives="instance", negatives="all"),
         *(changed(temperature=value) for value in (0.2, 1.0)),
         *(changed(c3l_weight=value) for value in (0.3, 3.0)),
         *(changed(label_momentum=value) for value in (0.0, 0.8)),
