@@ -39,7 +39,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -95,8 +95,10 @@ class Config:
     weight_decay: float = setting(5e-4, "L2 penalty", low=0.0)
     temperature: float = setting(0.5, "of the contrastive loss", low=1e-3)
     c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", low=0.0)
-    positives: str = setting("both", "what it pulls together; both: by trust", choices=("both", "class", "instance"))
-    negatives: str = setting("other", "what it pushes apart", choices=("all", "other", "same"))
+    positives: str = setting(
+        "both", "whom that loss pulls; both: less by class as trust grows", choices=("both", "class", "instance")
+    )
+    negatives: str = setting("other", "whom it pushes away", choices=("all", "other", "same"))
     label_momentum: float = setting(0.5, "m: share of the ensemble labels kept each epoch", low=0.0, high=1.0)
     class_prior: str = setting(None, "uniform where the classes are about equally frequent", ("uniform", "none"))
     label_neighbours: int = setting(20, "images whose predictions make an ensemble label; 0: only its own", low=0)
@@ -163,14 +165,17 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
         L_i = - sum_j w_ij log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
 
     where j and k run over all rows but i. w says what is pulled together and v what is pushed apart. Both look at the
-    class agreement a_ij = <T_i, T_j>, the chance that i and j share a class by their present labels T. Of the other
-    view i+ of the same image it is 1, whatever T. In the term of a positive j its own v_ij is 1.
+    class agreement a_ij = <T_i, T_j>, the chance that i and j share a class by their present labels T; for the other
+    view i+ of the same image, a_ii+ = 1.
 
         w_ij = c a_ij / sum_k a_ik + (1 - c) [j = i+],    c the class_share: 1 pulls by class, 0 by instance
 
         negatives "all":   v_ik = 1             c = 0: SimCLR (NT-Xent); c = 1: SupCon, with soft labels
-                  "other": v_ik = 1 - a_ik      classmates are not pushed apart
-                  "same":  v_ik = a_ik          nothing else is
+                  "other": v_ik = 1 - a_ik      only images of other classes are pushed away
+                  "same":  v_ik = a_ik          only classmates are
+
+    but v_ii+ = 1, and in the term of a positive j its own v_ij = 1, as in SimCLR and SupCon: each term is a logarithm
+    of a share. train() passes c = 1 - trust.
 
     z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
     gradient. Returns a float32 scalar, finite whatever the classes. Our reading of arXiv 2206.06177; its limits are
@@ -548,8 +553,9 @@ def train(config, images, probs, out=None, on_epoch=None):
 def train_epoch(config, model, optimizer, pixels, labels, epoch, batches, bar):
     """One pass over the batches, each int64 (B,). Returns a dict: the means of CE(T, p) + lambda C3L and its parts.
 
-    positives="both" pulls by class at first, and by instance as far as the student is trusted. Telling images apart
-    helps where similar ones share a class, and takes from what the network learns of the classes where they do not.
+    positives="both" pulls by class at first, and by instance as far as the student is trusted (never, if labels are
+    fixed). Telling images apart helps where similar ones share a class, and takes from what the network learns of the
+    classes where they do not.
     With one process no step waits for the device, as long as the pixels lie on it.
     """
     model.train()
@@ -1088,29 +1094,42 @@ def ignore_interrupts(worker):
 
 
 @contextmanager
-def interrupts_held(hold):
-    """Give a list to which Ctrl-C is only noted; it counts at the end. Pressed again, it counts at once.
-
-    Where Ctrl-C breaks into a DataLoader as it hands work to its workers, the lock of a queue may stay taken, on which
-    the loader then waits for ever when it ends them.
-    """
-    noted, usual = [], signal.default_int_handler
-    hold = hold and threading.current_thread() is threading.main_thread()  # other threads are never interrupted
-    if not hold or signal.getsignal(signal.SIGINT) is not usual:
-        yield noted
+def interrupts_held():
+    """Ctrl-C counts at the end of this block; pressed again, at once."""
+    pressed, usual = [], signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield  # Ctrl-C does not come here, or is somebody else's
         return
 
-    def note(number, frame):
-        noted.append(number)
+    def press(number, frame):
+        pressed.append(number)
         signal.signal(signal.SIGINT, usual)
+        tell("stopping after this batch; to stop at once, press Ctrl-C again")
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, press)
     try:
-        yield noted
+        yield
     finally:
         signal.signal(signal.SIGINT, usual)
-    if noted:
+    if pressed:
         raise KeyboardInterrupt
+
+
+def unbroken(loader):
+    """The batches of a DataLoader. Ctrl-C counts between two of them.
+
+    If it broke into the loader while that hands work to a worker, the lock of a queue could stay taken, on which the
+    loader would then wait for ever when it ends its workers.
+    """
+    held = interrupts_held if loader.num_workers else nullcontext
+    with held():
+        batches = iter(loader)
+    while True:
+        with held():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0, folder=None, title="images"):
@@ -1134,10 +1153,8 @@ def read_images(source, size, prepare=None, encode=None, strict=True, memory=8.0
         num_workers=min(cores, 16) if len(own) > 2000 else 0,  # workers take seconds to start
     )  # fmt: skip
     kept, truth, rows, failed = [], [], [], []
-    with progress(title, "image", len(own)) as bar, interrupts_held(loader.num_workers > 0) as interrupted:
-        for batch in loader:
-            if interrupted:
-                break
+    with progress(title, "image", len(own)) as bar:
+        for batch in unbroken(loader):
             bar.update(len(batch))
             failed += [(i, why) for i, _, _, why in batch if why]
             if strict and failed:

@@ -115,7 +115,7 @@ takeaway(
 # | instance | all | 1 for $j=i^+$, else 0 | 1 | SimCLR: pull the other view, push all others |
 # | class | all | $a_{ij}/\sum_k a_{ik}$ | 1 | SupCon with soft labels: pull classmates, push all others |
 # | instance | other | 1 for $j=i^+$, else 0 | $1-a_{ik}$ | pull the other view, push those of other classes |
-# | instance | same | 1 for $j=i^+$, else 0 | $a_{ik}$ | the same, push classmates: which one of its class is it? |
+# | instance | same | 1 for $j=i^+$, else 0 | $a_{ik}$ | ... push classmates: which one of its class is it? |
 # | class | other | $a_{ij}/\sum_k a_{ik}$ | $1-a_{ik}$ | pull classmates, push those of other classes |
 #
 # (The other view has $v_{ii^+} = 1$; and in the term of a positive $j$ its own $v_{ij}$ is 1, so that no ratio can
@@ -386,11 +386,11 @@ ax.axhline(0, color="gray", lw=0.8)
 ax.set(xlabel="share of the label on the wrong class", ylabel="cosine with the\nwrong class, at the end")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
-supcon, ours = ends[("class", "all")], ends[("instance", "other")]
+supcon, mild = ends[("class", "all")], ends[("instance", "other")]
 takeaway(
     f"an undecided label ends at a cosine of {supcon[5]:+.2f} with the wrong class under SupCon's choice, and of "
-    f"{ours[5]:+.2f} under instance + other. A label that is wrong and sure of it wins in both ({supcon[-1]:+.2f} and "
-    f"{ours[-1]:+.2f}): pushed off by its own class, the image has nowhere else to go in this plane."
+    f"{mild[5]:+.2f} under instance + other. A label that is wrong and sure of it wins in both ({supcon[-1]:+.2f} and "
+    f"{mild[-1]:+.2f}): pushed off by its own class, the image has nowhere else to go in this plane."
 )
 
 # %% [markdown]
@@ -408,7 +408,7 @@ takeaway(
 # it is high where images that look alike to the student are called alike. At first it is low. The labels are the best
 # that there is then, and to pull by them teaches classes. Once it is high, alike images belong together of themselves;
 # then it pays to tell images apart, so that a group with a wrong name can part from the class of that name. Here is
-# the force on the mislabelled image again, for five values of $c$.
+# the force on the mislabelled image again, for five values of $c$. (In training the label of the image changes, too.)
 
 # %%
 pulled_by = {c: [] for c in (1.0, 0.75, 0.5, 0.25, 0.0)}

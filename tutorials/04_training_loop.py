@@ -176,6 +176,7 @@ takeaway(
 # Two views of each image in one batch, one after the other, as [`class_conditional_contrastive_loss`](../tclip.py)
 # expects: row $i$ and row $i + B$ belong together. Cross-entropy simply has twice as many rows. And labels that say how
 # sure they are: CLIP's probabilities, balanced, instead of its best name ([notebook 1](01_pseudo_labels.ipynb)).
+# As long as these are the teacher's, the loss pulls by class alone: `class_share=1`.
 
 
 # %%

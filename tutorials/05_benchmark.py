@@ -152,8 +152,9 @@ takeaway(
 # ## Do I need both halves?
 #
 # Three lines of the table leave something out: the contrastive loss; the ensemble labels, so that labels stay as the
-# balanced teacher gave them; or the balance as well. Look at the spread, too: a part may make a method better, or only
-# more reliable.
+# balanced teacher gave them; or the balance as well. (Where labels stay, the student is never trusted, so that the
+# contrastive loss pulls by class to the end.) Look at the spread, too: a part may make a method better, or only more
+# reliable.
 
 # %%
 halves = {line["name"]: line for line in kept if line["name"].startswith("tclip")}

@@ -299,6 +299,7 @@ def settings_of(name, config, task):
     if method.train is not tclip.train:  # the others read these only
         shared = ("dataset", "size", "arch", "views", "epochs", "batch_size", "lr", "weight_decay")
         fields = {name: fields[name] for name in shared}
+    # without the contrastive loss, what it would do does not count
     idle = ("positives", "negatives", "temperature") if config.c3l_weight == 0 else ()
     settings = {k: v for k, v in fields.items() if k not in ("root", "clip", "seed", "device", "compile", "out", *idle)}
     settings |= {k: getattr(v, "__name__", v) for k, v in method.own.items()}
