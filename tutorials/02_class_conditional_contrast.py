@@ -62,8 +62,8 @@ print(f"default: positives={DEFAULT.positives!r}, negatives={DEFAULT.negatives!r
 
 
 def contrast(z, targets, temperature, positives, negatives):
-    """The loss by the names that `python tclip.py --positives ... --negatives ...` knows."""
-    class_share = {"instance": 0.0, "class": 1.0}[positives]
+    """The loss by the names that `python tclip.py --positives ... --negatives ...` knows, or by a share of classes."""
+    class_share = {"instance": 0.0, "class": 1.0}.get(positives, positives)
     return tclip.class_conditional_contrastive_loss(z, targets, temperature, class_share, negatives)
 
 
@@ -411,14 +411,7 @@ takeaway(
 # the force on the mislabelled image again, for five values of $c$. (In training the label of the image changes, too.)
 
 # %%
-pulled_by = {c: [] for c in (1.0, 0.75, 0.5, 0.25, 0.0)}
-shares = torch.linspace(0, 1, 21)
-for c, forces in pulled_by.items():
-    for share in shares.tolist():
-        moving = turn.clone().requires_grad_()
-        points = torch.stack([moving.cos(), moving.sin()], 1)
-        tclip.class_conditional_contrastive_loss(points, labels_with(share), 0.5, c).backward()
-        forces.append(-moving.grad[[WRONG, WRONG + 6]].sum().item())
+pulled_by = {c: [towards_b(s, (c, "other")) for s in shares.tolist()] for c in (1.0, 0.75, 0.5, 0.25, 0.0)}
 figure, ax = plt.subplots(figsize=(7, 3.2))
 for (c, forces), color, line in zip(pulled_by.items(), (PINK, ORANGE, GREEN, SKY, BLUE), ("-.", "--", ":", "--", "-")):
     ax.plot(shares, forces, color=color, ls=line, label=f"c = {c:g}")
