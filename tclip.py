@@ -4,15 +4,11 @@
     python tclip.py --dataset cifar10                            # named by OpenAI's CLIP ViT-B/32, for a GPU
     torchrun --nproc_per_node=8 tclip.py --dataset cifar10       # the same on eight GPUs
     python tclip.py --resume runs/cifar10                        # go on where a run was interrupted
-    python tclip.py --help                                       # all settings
 
 CLIP names every image once. Its answers are noisy, and for some classes nearly always wrong. A small network is trained
-from scratch on them with a class-conditional contrastive loss and ensemble labels. Method: Huang, Chen, Yang, Xie, Pu,
-Zhuang, "Transductive CLIP with Class-Conditional Contrastive Learning", ICASSP 2022, arXiv 2206.06177. The equations,
-weights and schedule are our reading of it: see README.md, also for the command `tclip` for folders of your own images.
-
-In this order: settings, pseudo-labels, contrastive loss, ensemble labels, augmentation, student, training, evaluation,
-data sets, CLIP, a run, command line. Pseudo-labels, contrastive loss and labels need torch alone: copy them out.
+from scratch on them with a class-conditional contrastive loss and ensemble labels. Method: Huang et al., "Transductive
+CLIP with Class-Conditional Contrastive Learning", ICASSP 2022, arXiv 2206.06177; the equations are our reading of it,
+see README.md. The parts up to the ensemble labels need torch and nothing else: copy them out.
 """
 
 import argparse
@@ -23,9 +19,11 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.metrics import ConfusionMatrixDisplay
+from sklearn.model_selection import train_test_split
 from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.transforms import functional as TF
@@ -43,11 +45,11 @@ from tqdm import tqdm
 class UserError(SystemExit):
     """Something the user can mend: where nobody catches it, the program ends with this one line."""
 
-    def __init__(self, message):
-        super().__init__(f"tclip: {' '.join(message.split())}")
-
 
 # ==== Settings: each field is a flag of the command line ==============================================================
+DEVICES = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+
+
 def setting(default, help, allowed=None):
     """A field of Config, its line of --help, and the values it may take: a tuple of words, or the ends of a range."""
     return field(default=default, metadata=dict(help=help, allowed=allowed))
@@ -63,52 +65,51 @@ class Config:
     cache: str = setting("~/.cache/tclip", "folder for CLIP's image features, so that it sees an image once, or none")
     size: int = setting(32, "side of the student's images, in pixels", (8, 1024))
     arch: str = setting("resnet18", "student: resnet8, or a resnet of torchvision")
-    views: str = setting("photo", "augmentation", ("photo", "overhead", "street", "writing"))
+    views: str = setting("photo", "augmentation", ("photo", "overhead", "writing"))
     epochs: int = setting(40, "passes over the images", (1, 10**6))
     batch_size: int = setting(128, "images a step, over all processes; each is seen in two views", (2, 10**6))
     lr: float = setting(0.1, "peak learning rate for a batch of 256, scaled linearly with it", (0, 1e3))
     weight_decay: float = setting(5e-4, "L2 penalty", (0, 1))
     c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", (0, 1e3))
     temperature: float = setting(0.5, "of the contrastive loss", (1e-3, 1e3))
+    class_share: float = setting(0.5, "how far the contrastive loss pulls by class; the rest by instance", (0, 1))
     label_momentum: float = setting(0.5, "m: share of a label that is kept each epoch; 1: labels stay", (0, 1))
-    label_neighbours: int = setting(20, "k: images whose predictions make an ensemble label", (1, 10**4))
-    class_prior: str = setting("none", "uniform where the classes are about equally frequent", ("uniform", "none"))
+    label_neighbours: int = setting(15, "k: images whose predictions make an ensemble label", (1, 10**4))
+    class_prior: str = setting("none", "the classes' shares where they are known: uniform, or numbers: 0.5,0.3,0.2")
     seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", (0, 2**32 - 1))
-    device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
+    device: str = setting(DEVICES[0], "where to train", DEVICES)
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
     out: str = setting(None, "folder of the results [runs/DATASET, or the next free runs/DATASET-2, ...]")
 
     def __post_init__(self):
         for f in fields(self):
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
-            if allowed and f.type is str and value not in allowed:
-                raise UserError(f"--{f.name.replace('_', '-')} {value}: choose from {', '.join(allowed)}")
-            if allowed and f.type is not str and not allowed[0] <= value <= allowed[1]:
-                raise UserError(f"--{f.name.replace('_', '-')} {value}: must be from {allowed[0]} to {allowed[1]}")
+            if allowed and not (value in allowed if f.type is str else allowed[0] <= value <= allowed[1]):
+                end = f"choose from {', '.join(allowed)}" if f.type is str else "from {} to {}".format(*allowed)
+                raise UserError(f"--{f.name.replace('_', '-')} {value}: {end}")
 
 
 # ==== Pseudo-labels: CLIP names every image once ======================================================================
 def text_classifier(encode_texts, classes, templates):
-    """Zero-shot weights, unit rows (C, D): per class the mean of its prompts' embeddings, made unit again.
+    """Zero-shot weights, unit rows (C, D): per class the mean of its prompts' embeddings (Radford et al. 2021, 3.1.4).
 
-    encode_texts: function, list of B strings -> unit rows (B, D). classes: C names. templates: prompts in which "{}"
-    stands for the name. Prompt ensembling of Radford et al. 2021, section 3.1.4.
+    encode_texts: list of B strings -> unit rows (B, D). templates: prompts in which "{}" stands for the class name.
     """
     rows = [encode_texts([t.replace("{}", name) for t in templates]).mean(0) for name in classes]
     return F.normalize(torch.stack(rows), dim=1)
 
 
 def zero_shot_probs(image_features, text_features, temperature=0.01):
-    """p(class | image) = softmax(cosine / temperature): unit rows (N, D) and (C, D) -> float32 (N, C).
+    """p(class | image) = softmax(cosine / temperature), float32 (N, C), of unit rows (N, D) and (C, D).
 
-    temperature: the model's own 1 / exp(logit_scale), 0.01 for OpenAI's. Radford et al. 2021, section 3.1.2.
+    temperature: the model's own, 1 / exp(logit_scale); 0.01 for OpenAI's. Radford et al. 2021, 3.1.2.
     """
     return (image_features.float() @ text_features.float().T / temperature).softmax(1)
 
 
 # ==== Class-conditional contrastive loss (C3L) ========================================================================
-def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=1.0, negatives="other"):
-    """Class discrimination and instance discrimination in one contrastive loss.
+def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=0.5):
+    """Class discrimination and instance discrimination in one contrastive loss. Our reading of arXiv 2206.06177:
 
         L_i = - sum_j w_ij log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
 
@@ -117,16 +118,13 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
     view i+ of the same image, a_ii+ = 1.
 
         w_ij = c a_ij / sum_k a_ik + (1 - c) [j = i+],    c the class_share: 1 pulls by class, 0 by instance
+        v_ik = 1 - a_ik,                                  only images of other classes are pushed away
 
-        negatives "other": v_ik = 1 - a_ik      only images of other classes are pushed away
-                  "all":   v_ik = 1             c = 0: SimCLR (NT-Xent); c = 1: SupCon, with soft labels
-
-    but v_ii+ = 1, and in the term of a positive j its own v_ij = 1, as in SimCLR and SupCon: each term is a logarithm
-    of a share.
+    but v_ii+ = 1, and in the term of a positive j its own v_ij = 1: each term is a logarithm of a share. Where no image
+    shares a class it is SimCLR's loss (Chen et al. 2020).
 
     z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
-    gradient. Returns a float32 scalar, finite whatever the classes. Our reading of arXiv 2206.06177; its limits are
-    Chen et al. 2020 (SimCLR) and Khosla et al. 2020 (SupCon).
+    gradient. Returns a float32 scalar, finite whatever the classes.
     """
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)  # (2B, 2B), the diagonal
     other_view = itself.roll(len(z) // 2, 0)
@@ -135,105 +133,123 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
         agreement = (targets.float() @ targets.float().T).clamp(0, 1).repeat(2, 2)
     by_instance, by_class = other_view.float(), agreement.masked_fill(itself, 0).masked_fill(other_view, 1)
     w = torch.lerp(by_instance, by_class / by_class.sum(1, keepdim=True), class_share)  # rows sum to 1
-    v = {"other": 1 - agreement, "all": torch.ones_like(s)}[negatives].masked_fill(other_view, 1)
-
+    v = (1 - agreement).masked_fill(other_view, 1)
     denominator = (s + v.log()).logsumexp(1, keepdim=True)  # (2B, 1)
     denominator = torch.logaddexp(denominator, s + (1 - v).log())  # (2B, 2B): v_ij raised to 1 in the term of j itself
     ratios = (s - denominator).masked_fill(itself, 0)  # log-ratios; the diagonal is no term
     return -(w * ratios).sum(1).mean()
 
 
-# ==== Ensemble labels ================================================================================================
-def neighbour_mean(embeddings, values, k, pool=50_000):
-    """Mean of `values` (N, C) over the k nearest images by cosine: float32 (N, C). embeddings: (N, D) unit rows.
+# ==== Ensemble labels =================================================================================================
+def neighbour_mean(embeddings, said, k, pool=50_000):
+    """Mean of what is said, (N, C), of the k nearest other images by cosine, float32 (N, C). embeddings: unit (N, D).
 
     Beyond `pool` images the neighbours are sought among so many random ones: the cost of an image stays flat.
     """
-    members = torch.randperm(len(values), device=values.device)[:pool]
-    bank, answers = embeddings[members].T, values[members].float()  # (D, pool), (pool, C)
-    means = []
-    for rows in embeddings.split(256):  # a block at a time: N x pool cosines would be gigabytes
-        near = (rows @ bank).topk(min(k, len(answers))).indices  # (256, k)
-        means.append(answers[near].mean(1))
+    members = torch.randperm(len(said), device=said.device)[:pool]
+    bank, said_of_bank, means = embeddings[members].T, said[members].float(), []  # (D, pool), (pool, C)
+    for rows in torch.arange(len(said), device=said.device).split(256):  # N x pool cosines would be gigabytes
+        cosines = (embeddings[rows] @ bank).masked_fill(rows[:, None] == members, -torch.inf)  # (256, pool)
+        means.append(said_of_bank[cosines.topk(min(k, len(members) - 1)).indices].mean(1))
     return torch.cat(means)
 
 
-def balance(probs, iterations=20):
-    """The nearest soft labels (N, C) with equally frequent classes, by optimal transport (Sinkhorn and Knopp).
+def candour(answers, near):
+    """How far the teacher's answers (N, C) count, in [0, 1]: 1 where they claim no more than they know.
 
-    As in self-labelling (Asano et al. 2020) and SwAV (Caron et al. 2020). Reads no truth.
+    That is the exponent at which they best foretell what neighbourhoods choose, to the power 8. near: what is said of
+    the neighbours, (N, C). Those of one mind testify most; where none are, the answers' own small testimony counts.
     """
-    p = probs.float().clamp_min(1e-12)  # zero would stay zero for ever
-    weights = torch.ones_like(p[0])
+    share, choice = near.max(1, keepdim=True)
+    testimony = (0.01 * answers).scatter_add_(1, choice, share**8)  # (N, C)
+    powers = torch.linspace(0, 1, 41).tolist()
+    return max(powers, key=lambda a: (testimony * (a**0.125 * answers.log()).log_softmax(1)).sum().item())
+
+
+def bayes_rule(answers, near, mass, candour=1.0, sharpness=1.5, smoothing=0.1):
+    """Labels (N, C): prior x likelihood of the teacher's word x likelihood of the neighbourhood,
+
+        q_ic ~ (pi_c T0_ic / mean_j T0_jc)^a (n_ic / pi_c)^s
+
+    answers: T0, the teacher's (N, C); over its mean, how much likelier this word is where c is true. near: n, the mean
+    of what is said of the neighbours (N, C). mass: pi, that of all images (C,); n / pi is how much denser c is there.
+    """
+    density = (near + smoothing * mass) / mass
+    return (candour * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
+
+
+def with_shares(probs, shares, iterations=100):
+    """The nearest labels (N, C) whose classes have the given shares (C,): optimal transport (Sinkhorn and Knopp)."""
+    weights = torch.ones_like(shares)
     for _ in range(iterations):
-        columns = p.T @ (1 / (p @ weights))  # (C,), the sums that weights have to make equal
-        weights = columns.sum() / columns
-    return p * weights / (p @ weights)[:, None]
+        weights = shares * len(probs) / (probs.T @ (1 / (probs @ weights)))
+    return probs * weights / (probs @ weights)[:, None]
 
 
-def consensus(q):
-    """How often the neighbours of an image agree, beyond chance, in [0, 1]. q: (N, C), their mean predictions."""
-    agree, chance = q.square().sum(1).mean(), q.mean(0).square().sum()
-    return ((agree - chance) / (1 - chance).clamp_min(1e-6)).clamp(0, 1).item()
+class EnsembleLabels(torch.nn.Module):
+    """Pseudo-labels T that follow an embedding by Bayes' rule: T <- m T + (1 - m) q, see bayes_rule().
 
+    Before training the embedding is CLIP's, where it gives features (N, D), and what is said of an image is its label,
+    in 20 rounds; after each epoch, the student's, and its mean prediction over the views that it saw. probs: the
+    teacher's answers (N, C). class_prior: the classes' shares (C,), where they are known. `table` is T, float16 (N, C).
+    Of the paper only that there are ensemble labels is known; the rule is ours.
+    """
 
-class EnsembleLabels(nn.Module):
-    """Pseudo-labels that follow the student as far as it can be trusted. PLACEHOLDER: today's rule."""
-
-    def __init__(self, probs, features=None, momentum=0.5, neighbours=20, class_prior="none"):
+    def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None):
         super().__init__()
-        self.momentum, self.neighbours, self.sharpness = momentum, neighbours, 2.0
-        self.balanced = class_prior == "uniform"
-        self.register_buffer("start", (balance(probs) if self.balanced else probs).half())  # T0
-        self.register_buffer("table", self.start.clone())
-        self.register_buffer("trust", torch.zeros(()))
-        self.predictions, self.embeddings = torch.zeros_like(self.table), None
+        self.momentum, self.neighbours, self.class_prior = momentum, neighbours, class_prior
+        answers = probs.float().clamp_min(1e-6)
+        self.register_buffer("answers", (answers if class_prior is None else with_shares(answers, class_prior)).half())
+        self.register_buffer("table", self.answers.clone())
+        self.register_buffer("candour", torch.ones((), device=probs.device))
+        self.predictions, self.embeddings = torch.zeros_like(self.table), None  # sums over this epoch's views
+        if features is not None and momentum < 1:
+            for _ in range(20):
+                self.update(slice(None), self.targets(slice(None)), F.normalize(features.float(), dim=1))
+            self.answers.copy_(self.table)
+
+    def update(self, index, said, embeddings):
+        """One step for the images `index`, of whom this is said, (B, C), at these places, unit rows (B, D)."""
+        answers = F.normalize(self.answers[index].float(), p=1, dim=1)
+        near, mass = neighbour_mean(embeddings, said, self.neighbours), said.mean(0).clamp_min(1e-6)
+        self.candour.fill_(candour(answers, near))
+        q = bayes_rule(answers, near, mass, self.candour)
+        q = q if self.class_prior is None else with_shares(q.clamp_min(1e-12), self.class_prior)
+        self.table[index] = torch.lerp(q, self.targets(index), self.momentum).clamp_min(1e-6).half()
 
     def targets(self, index):
         """Present labels, float32 (B, C), of the images `index`, int64 (B,)."""
-        return self.table[index].float()
+        return F.normalize(self.table[index].float(), p=1, dim=1)  # float16 rows sum to 1 but for some 1 / 1000
 
     def record(self, index, probs, embeddings):
         """Add predictions (B, C) and unit embeddings (B, D) for one view of each of the images `index`, int64 (B,)."""
-        if self.embeddings is None:
-            self.embeddings = torch.zeros(len(self.table), embeddings.shape[1], device=self.table.device)
-        self.predictions.index_add_(0, index, probs.detach().half())
-        self.embeddings.index_add_(0, index, embeddings.detach().float())
+        if self.momentum < 1:
+            if self.embeddings is None:
+                self.embeddings = torch.zeros(len(self.table), embeddings.shape[1], device=self.table.device)
+            self.predictions.index_add_(0, index, probs.detach().half())
+            self.embeddings.index_add_(0, index, embeddings.detach().float())
 
     def end_epoch(self):
-        """Mix what was recorded into T. Images that were not seen keep their label."""
-        if self.embeddings is not None and self.momentum < 1:
-            views = self.predictions.sum(1, dtype=torch.float32)  # how many of each image: predictions sum to 1
-            seen = views > 0
-            q = self.predictions[seen] / views[seen, None]
-            q = neighbour_mean(F.normalize(self.embeddings[seen], dim=1), q, self.neighbours)
-            agree = consensus(q)
-            yes, no = agree**self.sharpness, (1 - agree) ** self.sharpness
-            self.trust.fill_(yes / (yes + no))
-            q = (self.sharpness * q.log()).softmax(1)
-            q = balance(q) if self.balanced else q
-            q = torch.lerp(self.start[seen].float(), q, yes / (yes + no))
-            self.table[seen] = torch.lerp(q, self.table[seen].float(), self.momentum).half()
-        self.predictions.zero_()
-        self.embeddings = None
+        """Follow what was recorded. Images that were not seen keep their label."""
+        if self.embeddings is not None:
+            seen = self.predictions.sum(1, dtype=torch.float32).nonzero()[:, 0]
+            said = F.normalize(self.predictions[seen].float(), p=1, dim=1)
+            self.update(seen, said, F.normalize(self.embeddings[seen], dim=1))
+        self.predictions, self.embeddings = torch.zeros_like(self.table), None
 
 
-# ==== Augmentation: on the device, and each image with a draw of its own ==============================================
-# (torchvision's transforms draw once for a whole batch; a contrastive loss would then tell images apart by the crop.)
-
+# ==== Augmentation: on the device, each image with a draw of its own (torchvision's transforms draw once a batch) =====
 VIEWS = {  # keyword arguments of augment()
     "photo": dict(area=(0.3, 1.0), flip=0.5, jitter=0.4, gray=0.2),
     "overhead": dict(area=(0.5, 1.0), flip=0.5, rotate=180, jitter=0.2),  # no up or down seen from above; colour tells
-    "street": dict(area=(0.5, 1.0), rotate=10, jitter=0.4, gray=0.2),  # writing in photos has no mirror image
     "writing": dict(area=(0.6, 1.3), rotate=15, jitter=0.3, padding="zeros"),  # white on black
 }
 
 
 def augment(pixels, padding="reflection", views=1, **ranges):
-    """Random views of each image: uint8 (B, 3, S, S) -> float32 (views * B, 3, S, S) in [0, 1], on the same device.
+    """Random views of images, first the first of each: uint8 (B, 3, S, S) -> float32 (views * B, 3, S, S) in [0, 1].
 
-    First come the first views of all images, then the second. padding: what lies outside the image, "reflection" or
-    "zeros". ranges: see draw_views().
+    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views().
     """
     pixels = pixels.repeat(views, 1, 1, 1)
     return apply_views(pixels, draw_views(len(pixels), device=pixels.device, **ranges), padding)
@@ -253,19 +269,15 @@ def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, j
     fits = (torch.maximum(side * stretch, side / stretch) <= 1) | (area[1] > 1)
     first = fits.byte().argmax(0, keepdim=True)  # (1, n)
     width, height = (torch.where(fits, x, 1).gather(0, first)[0] for x in (side * stretch, side / stretch))
-
-    numbers = torch.rand(8, n, device=device)
-    angle, *change = (limit * (2 * u - 1) for limit, u in zip((rotate, jitter, jitter, jitter), numbers))
-    draw = dict(width=width, height=height, left=numbers[4] * (1 - width), top=numbers[5] * (1 - height), angle=angle)
-    draw |= dict(mirrored=(numbers[6] < flip).float(), brightness=1 + change[0], contrast=1 + change[1])
-    return draw | dict(saturation=(1 + change[2]) * (numbers[7] >= gray))
+    across, down, turn, mirror, bright, strong, vivid, colour = torch.rand(8, n, device=device)
+    brightness, contrast, saturation = (1 + jitter * (2 * u - 1) for u in (bright, strong, vivid))
+    draw = dict(width=width, height=height, left=across * (1 - width), top=down * (1 - height))
+    draw |= dict(angle=rotate * (2 * turn - 1), mirrored=(mirror < flip).float(), brightness=brightness)
+    return draw | dict(contrast=contrast, saturation=saturation * (colour >= gray))
 
 
 def apply_views(pixels, draw, padding="reflection"):
-    """The views that draw_views() describes: uint8 (B, 3, S, S) -> float32 of that shape in [0, 1].
-
-    Each step is torchvision's function of that name, image by image; window, rotation and mirror are one sampling.
-    """
+    """The views that draw_views() describes, as by torchvision's functions: uint8 (B, 3, S, S) -> float32 in [0, 1]."""
     width, height, angle, sign = draw["width"], draw["height"], draw["angle"].deg2rad(), 1 - 2 * draw["mirrored"]
     sin, cos = angle.sin(), angle.cos()
     # Where an output point (x, y) in [-1, 1], y down, comes from: mirror, then rotate, then scale and shift.
@@ -282,11 +294,9 @@ def apply_views(pixels, draw, padding="reflection"):
 
 # ==== Student =========================================================================================================
 class Student(nn.Module):
-    """The network that is trained: forward(x) -> logits (B, C) and unit embeddings (B, embedding_dim).
+    """The network that is trained: float (B, 3, S, S) in [0, 1] -> logits (B, C), unit embeddings (B, embedding_dim).
 
-    x: float (B, 3, S, S) in [0, 1]; normalisation is inside. arch: "resnet8" (0.3 M parameters, for few or simple
-    images) or a resnet of torchvision, up to 64 px (`size`) with CIFAR's stem: a 3x3 convolution of stride 1 and no
-    max-pool. UserError: unknown arch.
+    arch: resnet8, or a resnet of torchvision, up to 64 px (`size`) with CIFAR's stem: 3x3, stride 1, and no max-pool.
     """
 
     def __init__(self, arch, num_classes, size=32, embedding_dim=128):
@@ -303,9 +313,8 @@ class Student(nn.Module):
         else:
             raise UserError(f"--arch {arch}: there is resnet8, and torchvision's resnet18, resnet34, resnet50, ...")
         self.classifier = nn.Linear(width, num_classes)
-        self.projector = nn.Sequential(
-            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, embedding_dim)
-        )
+        hidden = nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()
+        self.projector = nn.Sequential(*hidden, nn.Linear(width, embedding_dim))
 
     def forward(self, x):
         h = self.backbone((x - 0.5) / 0.25)  # (B, width)
@@ -313,10 +322,7 @@ class Student(nn.Module):
 
 
 def resnet8(size):
-    """Features (B, 128) by a ResNet of three basic blocks (He et al. 2016, section 4.2, n = 1, twice the width).
-
-    From 32 px on its first convolution halves the image: 32 pixels then cost what 16 do.
-    """
+    """Features (B, 128) by a ResNet of three basic blocks. From 32 px on its first convolution halves the image."""
     kernel, stride, padding = (6, 2, 2) if size >= 32 else (3, 1, 1)
     stem = nn.Conv2d(3, 32, kernel, stride, padding, bias=False)
     layers = [stem, nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
@@ -331,49 +337,48 @@ def resnet8(size):
 def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None):
     """Train a student on unlabeled images and what a teacher says of them. No truth comes here.
 
-    pixels: uint8 (N, 3, S, S), also memory-mapped. probs: (N, C), the teacher's. features: its image features, unit
-    rows (N, D), or None. out: folder (Path) for metrics.csv and checkpoint.pt, both written after each epoch; where a
-    checkpoint lies there training goes on from it, on a CPU to the bit as if it had never stopped. objective: in place
-    of tclip_objective(). on_epoch: called after each epoch with its row of metrics.csv, student and labels.
-    Returns (student, EnsembleLabels). UserError: the loss is not finite, or the checkpoint is of another run.
+    pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's. features: its unit image features (N, D), or None.
+    out: folder (Path) for metrics.csv and checkpoint.pt, written after each epoch; from a checkpoint there training
+    goes on, on a CPU to the bit as if it had never stopped. objective: in place of tclip_objective(). on_epoch: called
+    after each epoch with its row of metrics.csv, student and labels. Returns (student, EnsembleLabels).
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, objective = pick_device(config.device), objective or tclip_objective
+    device, objective = torch.device(config.device), objective or tclip_objective
     bfloat16 = has_fast_bfloat16(device)
     torch.manual_seed(config.seed)
     student = Student(config.arch, probs.shape[1], pixels.shape[-1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
-    rule = config.label_momentum, config.label_neighbours, config.class_prior
-    labels = EnsembleLabels(probs.to(device), None if features is None else features.to(device), *rule)
+    probs, features = (None if x is None else x.to(device) for x in (probs, features))
+    shares = None if config.class_prior == "none" else torch.ones_like(probs[0])
+    if "," in config.class_prior:
+        shares = probs.new_tensor([float(share) for share in config.class_prior.split(",")])
+    rule = config.label_momentum, config.label_neighbours, shares if shares is None else shares / shares.sum()
+    labels = EnsembleLabels(probs, features, *rule)
     parts, history = dict(student=student, optimizer=optimizer, labels=labels), []
     if out and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
-        if state["labels"]["table"].shape != labels.table.shape:
-            raise UserError(f"{out / 'checkpoint.pt'} is of another run: its images or classes are others")
         history = state["history"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
     if device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         pixels = pixels.to(device)  # where batches are gathered: then no step waits for the host
-    model = student
-    if world > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
-        model = nn.parallel.DistributedDataParallel(model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(student) if world > 1 and device.type == "cuda" else student
+    model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     model = torch.compile(model) if config.compile else model
     steps = math.ceil(len(pixels) / config.batch_size)  # an epoch
 
-    done = len(history)
-    bar = tqdm(None, "student", config.epochs * steps, initial=done * steps, unit="step", disable=rank > 0 or None)
-    for epoch in range(done, config.epochs):
+    bar = tqdm(None, "student", config.epochs * steps, initial=len(history) * steps, disable=rank > 0 or None)
+    for epoch in range(len(history), config.epochs):
         started, losses = time.time(), torch.zeros(2, device=device)
         torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # the draws of an epoch depend on no earlier one
         order = torch.randperm(len(pixels), device=device)
         order = order[: len(order) // world * world].view(-1, world)  # (N / W, W): a column for each process
-        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1) + 15_485_863 * rank)  # views of its own
+        if rank > 0:
+            torch.manual_seed(config.seed + 1_000_003 * (epoch + 1) + 15_485_863 * rank)  # views of its own
         model.train()
         for step, batch in enumerate(order.tensor_split(steps)):  # (B / W, W)
             optimizer.param_groups[0]["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
-            mine = pixels[batch[:, rank].to(pixels.device)].to(device)
+            mine = pixels[batch[:, rank].to(pixels.device)].to(device)  # uint8 (B / W, 3, S, S)
             views = augment(mine, views=2, **VIEWS[config.views])  # (2B / W, 3, S, S)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 logits, z = model(views.contiguous(memory_format=torch.channels_last))
@@ -390,22 +395,24 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
         labels.end_epoch()
         for buffer in labels.buffers() if world > 1 else ():  # sums on a GPU differ in the last bit
             dist.broadcast(buffer, 0)
-        row = dict(epoch=epoch + 1, loss=losses.sum().item())
-        row |= dict(classification=losses[0].item(), contrastive=losses[1].item(), trust=labels.trust.item())
-        row |= dict(labels_changed=(labels.table.argmax(1).cpu() != probs.argmax(1).cpu()).float().mean().item())
+        classification, contrastive = losses.tolist()
+        changed = (labels.table.argmax(1) != probs.argmax(1)).float().mean().item()
+        row = dict(epoch=epoch + 1, loss=classification + contrastive, classification=classification)
+        row |= dict(contrastive=contrastive, labels_changed=changed, candour=labels.candour.item())
         history.append(row | dict(seconds=round(time.time() - started, 3)))
-        bar.set_postfix_str("loss {loss:.3f}, labels changed {labels_changed:.1%}".format(**row))
+        bar.set_postfix_str(f"loss {classification + contrastive:.3f}, labels changed {changed:.1%}")
         if on_epoch:
             on_epoch(history[-1], student, labels)
         if out and rank == 0:
             write_csv(out / "metrics.csv", history)
             state = {name: part.state_dict() for name, part in parts.items()} | dict(history=history)
-            write_whole(out / "checkpoint.pt", partial(torch.save, state))
+            torch.save(state, out / "checkpoint.part")
+            os.replace(out / "checkpoint.part", out / "checkpoint.pt")  # whole or not at all
     return student.eval(), labels
 
 
-def tclip_objective(logits, z, index, labels, config, class_share=None):
-    """What a step minimises: cross-entropy with the ensemble labels, and lambda times the contrastive loss, scalars.
+def tclip_objective(logits, z, index, labels, config):
+    """What a step minimises, two scalars: cross-entropy with the ensemble labels, lambda times the contrastive loss.
 
     logits (2B, C) and unit embeddings z (2B, D) of two views: rows i and i + B are of the image index[i].
     """
@@ -413,38 +420,26 @@ def tclip_objective(logits, z, index, labels, config, class_share=None):
     cross_entropy = F.cross_entropy(logits, targets.repeat(2, 1))
     if config.c3l_weight == 0:
         return cross_entropy, torch.zeros_like(cross_entropy)
-    class_share = 1 - labels.trust if class_share is None else class_share
-    c3l = class_conditional_contrastive_loss(z, targets, config.temperature, class_share)
+    c3l = class_conditional_contrastive_loss(z, targets, config.temperature, config.class_share)
     return cross_entropy, config.c3l_weight * c3l
 
 
 def whole_batch(x):
-    """x (2B / W, ...) of all W processes as (2B, ...): all first views, then all second.
+    """x (2B / W, ...) of all W processes as (2B, ...): all first views, then all second. Its own rows have a gradient.
 
-    Every process computes the loss of the whole batch, but only its own rows carry a gradient. DDP takes the mean of
-    the processes' gradients: W times the loss has the gradient of the whole.
+    Every process computes the loss of the whole batch. DDP takes the mean of the gradients: W times it is the whole's.
     """
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
     parts[dist.get_rank()] = x
-    first, second = zip(*(part.chunk(2) for part in parts))
-    return torch.cat(first + second)
+    return torch.stack(parts).unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)  # (W, 2, B / W, ...) -> (2B, ...)
 
 
 def learning_rate(config, progress):
     """Linear warm-up in the first twentieth of the run, then a cosine to zero. progress: share of the run done."""
-    peak = config.lr * config.batch_size / 256
-    return peak * min(progress / 0.05, (1 + math.cos(math.pi * progress)) / 2)
-
-
-def pick_device(name):
-    """torch.device of "auto", "cpu", "cuda" or "mps". UserError: there is none of that kind."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if not there.get(name, True):
-        raise UserError(f"--device {name}: there is none here")
-    return torch.device(max(there, key=there.get) if name == "auto" else name)  # the first that is there
+    return config.lr * config.batch_size / 256 * min(progress / 0.05, (1 + math.cos(math.pi * progress)) / 2)
 
 
 def has_fast_bfloat16(device):
@@ -465,26 +460,15 @@ def predict(student, pixels):
 
 
 def score(probs, truth):
-    """How right predictions (N, C) are: dict of accuracy, per_class (C accuracies) and confusion (C, C).
+    """dict of accuracy, per_class (C of them) and confusion (C, C), row truth, column said, of predictions (N, C).
 
-    truth: int64 (N,), -1 where unknown: such rows do not count. Accuracies are shares in [0, 1], or None where there
-    is nothing to count. confusion[t, p]: how many images of class t are called p.
+    truth: int64 (N,), -1 where unknown, which does not count. Accuracies are shares in [0, 1], or None of no image.
     """
     classes, known = probs.shape[1], truth >= 0
     confusion = (truth * classes + probs.argmax(1))[known].bincount(minlength=classes**2).view(classes, classes)
     right, of_class = confusion.diag().tolist(), confusion.sum(1).tolist()
-    accuracy = sum(right) / sum(of_class) if known.any() else None
-    return dict(
-        accuracy=accuracy, per_class=[r / n if n else None for r, n in zip(right, of_class)], confusion=confusion
-    )
-
-
-def load_student(path):
-    """(student, class names) from a run's model.pt, of which no code is run. Images are student.size px square."""
-    model = torch.load(path, map_location="cpu", weights_only=True)
-    student = Student(model["arch"], len(model["classes"]), model["size"])
-    student.load_state_dict(model["student"])
-    return student.eval(), model["classes"]
+    accuracy, *per_class = (r / n if n else None for r, n in zip([sum(right), *right], [sum(of_class), *of_class]))
+    return dict(accuracy=accuracy, per_class=per_class, confusion=confusion)
 
 
 # ==== Data sets: each image is read once, for the student and for CLIP ================================================
@@ -499,107 +483,73 @@ class Images:
     features: torch.Tensor = None  # float32 (N, D), the teacher's unit image features, where it has any
 
 
-def handwritten_digits():
-    """scikit-learn's 1797 real digits, 8 x 8 pixels, as (PIL image, label) pairs. They come with that package."""
-    from sklearn.datasets import load_digits
-
+def handwritten_digits(train):
+    """Scikit-learn's 1797 real digits, 8 x 8 pixels: (PIL image, label) pairs. A fifth is held out, stratified."""
     digits = load_digits()
     gray = (digits.images * (255 / 16)).round().astype("uint8")  # from 0..16
-    return list(zip(map(Image.fromarray, gray), digits.target.tolist()))
+    parts = train_test_split(range(len(gray)), test_size=0.2, stratify=digits.target, random_state=0)
+    pairs = list(zip(map(Image.fromarray, gray), digits.target.tolist()))
+    return torch.utils.data.Subset(pairs, sorted(parts[not train]))
 
 
-# For each data set: how to get it, (root, train) -> (PIL image, label) pairs, or "undivided" (root) -> those of which a
-# fifth is held out; CLIP's prompts and class names, as in openai/CLIP, data/prompts.md; and its defaults of settings.
-DATASETS = {
+DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)s; prompts: openai/CLIP, prompts.md
     "digits": dict(
-        undivided=lambda root: handwritten_digits(),
+        source=lambda root, train: handwritten_digits(train),
         templates=['a photo of the number: "{}".', "a photo of the digit {}.", "the handwritten digit {}."],
         classes=["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-        settings=dict(size=16, arch="resnet8", views="writing", clip="offline", class_prior="uniform"),
-    ),
-    "mnist": dict(
-        divided=lambda root, train: torchvision.datasets.MNIST(root, train, download=True),
-        templates=['a photo of the number: "{}".'], classes=list("0123456789"),
-        settings=dict(views="writing", class_prior="uniform"),
+        settings=dict(size=16, arch="resnet8", views="writing", clip="offline"),
     ),
     "cifar10": dict(
-        divided=lambda root, train: torchvision.datasets.CIFAR10(root, train, download=True),
+        source=lambda root, train: torchvision.datasets.CIFAR10(root, train, download=True),
         templates=[f"a {kind}photo of {a} {{}}." for a in ("a", "the") for kind in
                    ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")]
                 + [f"a photo of {a} {{}}." for a in ("a small", "the small", "a big", "the big")],
         classes=["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
-        settings=dict(class_prior="uniform"),
-    ),
-    "eurosat": dict(
-        undivided=lambda root: torchvision.datasets.EuroSAT(root, download=True),
-        templates=[f"a centered satellite photo of {a}{{}}." for a in ("", "a ", "the ")],
-        classes=["annual crop land", "forest", "brushland or shrubland", "highway or road",
-                 "industrial buildings or commercial buildings", "pasture land", "permanent crop land",
-                 "residential buildings or homes or apartments", "river", "lake or sea"],
-        settings=dict(size=64, views="overhead", class_prior="uniform"),
+        settings=dict(),
     ),
 }  # fmt: skip
 
 
-def open_dataset(name, root="data", split="train"):
-    """A data set of the table: (PIL image, label) pairs, and the images' names, which are their numbers.
+def load_images(config, split, clip):
+    """Read the "train" (unlabeled) or "test" (held-out) split of a data set once: Images, but for probs.
 
-    split: "train", the unlabeled images, or "test", the held-out ones. Missing data sets are downloaded to `root`.
-    UserError: no such data set, no network, or an archive that was cut off.
+    CLIP's features are kept in the folder config.cache, a file for each data set, split and model, and used again as
+    long as there is one for each image and the first eight come out the same. UserError: the data set cannot be had.
     """
-    if name not in DATASETS:
-        raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
-    recipe = DATASETS[name]
     try:
-        source = recipe["divided"](root, split == "train") if "divided" in recipe else recipe["undivided"](root)
+        source = DATASETS[config.dataset]["source"](config.root, split == "train")  # torchvision downloads
     except (OSError, RuntimeError) as error:
-        if type(error) is RuntimeError and "corrupted" not in str(error):  # torchvision's word for a cut-off file
+        if type(error) is RuntimeError and not re.search("corrupted|Error downloading", str(error)):  # torchvision's
             raise
-        remedy = f"Without network copy {root} from elsewhere; what an earlier download left in it, delete"
-        raise UserError(f"cannot get {name}: {error}. {remedy}") from error
-    kept = range(len(source))
-    if "undivided" in recipe:
-        from sklearn.model_selection import train_test_split
-
-        labels = [source[i][1] for i in kept] if isinstance(source, list) else source.targets
-        kept = sorted(train_test_split(kept, test_size=0.2, stratify=labels, random_state=0)[split == "test"])
-    return torch.utils.data.Subset(source, kept), [f"{i:05d}" for i in kept]
-
-
-def load_images(config, split, clip=None):
-    """Read a data set of the table once: Images without probs. UserError: see open_dataset().
-
-    clip: a Clip, for the features. They are kept in the folder config.cache, a file for each data set, split and model,
-    and taken from there as long as there is one for each image and the first eight come out the same again.
-    """
-    source, names = open_dataset(config.dataset, config.root, split)
-    title, features = f"{config.dataset}-{split}", None
-    if clip and config.cache != "none":
-        file = Path(config.cache).expanduser() / f"{title}-{re.sub('[^A-Za-z0-9.]+', '-', clip.name)}.npy"
-        if file.exists():
-            kept = torch.from_numpy(np.load(file, allow_pickle=False))
-            first = clip.encode_images(torch.stack([clip.prepare(source[i][0]) for i in range(min(8, len(source)))]))
-            features = kept if len(kept) == len(source) and torch.allclose(kept[:8], first, atol=0.01) else None
-    ask = clip and features is None
+        raise UserError(f"no {config.dataset}: {error}. Without network, copy {config.root} from elsewhere") from error
+    file, features = f"{config.dataset}-{split}-{re.sub('[^A-Za-z0-9.]+', '-', clip.name)}.npy", None
+    file = Path(config.cache).expanduser() / file
+    if config.cache != "none" and file.exists():
+        kept = torch.from_numpy(np.load(file, allow_pickle=False))
+        first = clip.encode_images(torch.stack([clip.prepare(source[i][0]) for i in range(min(8, len(source)))]))
+        fits = kept.shape == (len(source), first.shape[1]) and torch.allclose(kept[:8], first, atol=0.01)
+        features = kept if fits else None
+    asked, pixels, rows, truth = features is None, [], [], []
 
     def read(i):
         image, label = source[i]
-        return square(image, config.size), clip.prepare(image) if ask else None, int(label)
+        return square(image, config.size), clip.prepare(image) if asked else None, label
 
-    pixels, rows, truth = [], [], []
-    for batch in read_ahead(read, len(source), title):
+    for batch in read_ahead(read, len(source), f"{config.dataset}, {split}"):
         small, views, labels = zip(*batch)
         pixels.append(torch.stack(small))
+        rows += [clip.encode_images(torch.stack(views))] if asked else []
         truth += labels
-        rows += [clip.encode_images(torch.stack(views))] if ask else []
-    features = torch.cat(rows) if ask else features
-    if ask and config.cache != "none":
+    features = torch.cat(rows) if asked else features
+    if asked and config.cache != "none":
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda draft: np.save(draft, features.numpy()))
+        np.save(draft := file.with_suffix(".part.npy"), features)
+        os.replace(draft, file)  # whole or not at all
+    names = [f"{i:05d}" for i in getattr(source, "indices", range(len(source)))]
     return Images(names, torch.cat(pixels), torch.tensor(truth), features=features)
 
 
-def read_ahead(read, n, title, batch=128):
+def read_ahead(read, n, title, batch=256):
     """Lists of [read(0), ..., read(batch - 1)] and so on up to n, read by threads while the one before is in use."""
     with ThreadPoolExecutor(min(os.cpu_count(), 16)) as pool, tqdm(desc=title, total=n, disable=None) as bar:
         ahead = pool.map(read, range(min(batch, n)))
@@ -616,17 +566,10 @@ def square(image, size):
 
 
 # ==== CLIP ============================================================================================================
-
-OFFLINE_CLIP = Path(__file__).resolve().parent / "tclip_app/offline_clip.pt"  # tiny; it knows digits alone
-OPENAI_CLIP = "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"
-
-
 class Clip:
-    """A CLIP model, whichever package it comes from; in half precision on CUDA.
+    """A CLIP model by its name: OpenAI's, "arch:tag" or "arch:FILE" of open_clip, or offline. UserError: none such.
 
-    name: "offline"; one of OPENAI_CLIP, by the package `clip` where it is installed, else by open_clip; "arch:tag" or
-    "arch:FILE" of open_clip. prepare: its preprocessing, PIL image -> float32 (3, S, S). temperature: its own,
-    1 / exp(logit_scale). UserError: unknown name, or a file is missing.
+    prepare: its own preprocessing, PIL image -> float32 (3, S, S). temperature: its own, 1 / exp(logit_scale).
     """
 
     def __init__(self, name="offline", device="cpu"):
@@ -652,30 +595,25 @@ class Clip:
 
 def load_clip(name):
     """The model of that name on the CPU, its preprocessing and its tokenizer."""
-    try:
-        import clip
-    except ImportError:
-        clip = None
-    if name in OPENAI_CLIP and hasattr(clip, "load"):  # PyPI's "clip" is another program
-        return *clip.load(name, "cpu"), partial(clip.tokenize, truncate=True)
     import open_clip
 
     if name == "offline":
-        if not OFFLINE_CLIP.exists():
-            raise UserError(
-                f"the CLIP for digits is missing: copy tclip's {OFFLINE_CLIP.name} to {OFFLINE_CLIP.parent}"
-            )
-        weights = torch.load(OFFLINE_CLIP, weights_only=True)
+        file = Path(__file__).resolve().parent / "tclip_app/offline_clip.pt"  # tiny; it knows digits alone
+        if not file.exists():
+            raise UserError(f"the CLIP that knows digits is missing: {file}, of tclip's repository")
+        weights = torch.load(file, weights_only=True)
         model = open_clip.model.build_model_from_openai_state_dict(weights, cast_dtype=None)
         return model, open_clip.image_transform(model.visual.image_size, is_train=False), open_clip.tokenize
     arch, _, tag = name.partition(":")
-    if name in OPENAI_CLIP:
+    if not tag:
+        with suppress(ImportError):
+            import clip
+
+            if name in getattr(clip, "available_models", list)():  # PyPI's "clip" is another program
+                return *clip.load(name, "cpu"), partial(clip.tokenize, truncate=True)
         arch, tag = re.sub("[/@]", "-", name).removesuffix("px"), "openai"
-    known = open_clip.list_pretrained_tags_by_model(arch)
-    if tag not in known and not (arch in open_clip.list_models() and Path(tag).is_file()):
-        raise UserError(
-            f"--clip {name}: choose from offline, {', '.join(OPENAI_CLIP)}, arch:tag or arch:FILE of open_clip"
-        )
+    if (arch, tag) not in open_clip.list_pretrained() and not (arch in open_clip.list_models() and Path(tag).is_file()):
+        raise UserError(f"--clip {name}: there is offline, RN50, ViT-B/32, ViT-L/14, ..., and open_clip's arch:tag")
     quick_gelu = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)  # else open_clip would only warn
     model, _, prepare = open_clip.create_model_and_transforms(arch, tag, force_quick_gelu=quick_gelu)
     return model, prepare, open_clip.get_tokenizer(arch)
@@ -684,9 +622,8 @@ def load_clip(name):
 # ==== A run ===========================================================================================================
 def read_dataset(config):
     """The data set's unlabeled and held-out Images, named by CLIP, and the class names."""
-    clip = Clip(config.clip, pick_device(config.device))
+    clip, recipe = Clip(config.clip, config.device), DATASETS[config.dataset]
     unlabeled, heldout = (load_images(config, split, clip) for split in ("train", "test"))
-    recipe = DATASETS[config.dataset]
     prompts = text_classifier(clip.encode_texts, recipe["classes"], recipe["templates"])  # (C, D)
     for images in (unlabeled, heldout):
         images.probs = zero_shot_probs(images.features, prompts, clip.temperature)
@@ -694,22 +631,23 @@ def read_dataset(config):
 
 
 def run(config, read=read_dataset, resumed=False):
-    """A whole run: images, pseudo-labels, training, evaluation. The first process writes the results to its folder.
+    """A whole run: images, pseudo-labels, training, results. Returns the summary, a dict, of the first process.
 
-    read: function, config -> (unlabeled Images, held-out Images or None, C class names). resumed: the run has begun
-    before, in the folder config.out. Returns the settings, and the summary (None on other processes than the first).
+    read: config -> (unlabeled Images, held-out Images or None, C class names). resumed: it has begun in config.out.
     """
-    started, device, rank, world = time.time(), pick_device(config.device), 0, 1
+    started, rank, world = time.time(), 0, 1
     Student(config.arch, 2)  # an unknown arch is told before anything is read
     if dist.is_torchelastic_launched():
-        if device.type == "cuda":
+        if config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(days=1))  # one may be at a download
         rank, world = dist.get_rank(), dist.get_world_size()
-    claimed = [config if resumed or rank else claim_folder(config)]
+    folder = [config.out if resumed or rank > 0 else claim_folder(config)]
     if world > 1:
-        dist.broadcast_object_list(claimed)
-    (config,) = claimed
+        dist.broadcast_object_list(folder)
+    config = replace(config, out=folder[0])
+    if rank == 0:
+        Path(config.out, "config.json").write_text(json.dumps(asdict(config), indent=1))
     try:
         if rank > 0:
             dist.barrier()  # the first alone downloads, and asks CLIP: its features are kept
@@ -723,124 +661,91 @@ def run(config, read=read_dataset, resumed=False):
     if world > 1:
         dist.barrier()  # nobody leaves before the results are written: torchrun would stop the first
         dist.destroy_process_group()
-    return config, summary
+    return summary
 
 
 def claim_folder(config):
-    """Make the folder of the results, this run's own, with its config.json: two runs begun together get two folders."""
-    for i in range(1, 10**6):
-        out = Path(config.out or f"runs/{config.dataset}" + f"-{i}" * (i > 1))
-        try:
-            out.mkdir(parents=True)  # fails where another run was quicker
-        except FileExistsError:
-            if config.out:
-                raise UserError(f"{out} exists: choose another --out, or go on with --resume {out}") from None
-            continue
-        config = replace(config, out=str(out))
-        write_whole(out / "config.json", partial(json.dump, asdict(config), indent=1), "w")
-        return config
+    """Make a new folder for the results and return its name: two runs that begin together get two."""
+    for name in [config.out] if config.out else (f"runs/{config.dataset}" + f"-{i}" * (i > 1) for i in count(1)):
+        with suppress(FileExistsError):  # where another run was quicker
+            Path(name).mkdir(parents=True)
+            return name
+    raise UserError(f"{config.out} exists: choose another --out, or go on with --resume {config.out}")
 
 
 def write_results(config, unlabeled, heldout, classes, student, labels, started):
     """labels.csv, model.pt, summary.json and, where truth is known, noise.png. Returns the summary, a dict."""
     out, truth = Path(config.out), unlabeled.truth
-    said = dict(teacher=unlabeled.probs, label=labels.table.float().cpu(), student=predict(student, unlabeled.pixels))
+    said = dict(
+        teacher=unlabeled.probs, label=labels.targets(slice(None)).cpu(), student=predict(student, unlabeled.pixels)
+    )
     scores = {f"unlabeled_{who}": score(probs, truth) for who, probs in said.items()}
     if heldout:
-        scores["heldout_student"] = score(predict(student, heldout.pixels), heldout.truth)
         scores["heldout_teacher"] = score(heldout.probs, heldout.truth)
+        scores["heldout_student"] = score(predict(student, heldout.pixels), heldout.truth)
     summary = {f"{who}_accuracy": s["accuracy"] for who, s in scores.items()}
     summary |= {f"{who}_per_class": dict(zip(classes, s["per_class"])) for who, s in scores.items()}
-    summary["agreement"] = score(said["student"], said["teacher"].argmax(1))["accuracy"]
-    kind = torch.cuda.get_device_name() if next(student.parameters()).is_cuda else config.device
-    summary |= dict(images=len(truth), device=kind, torch=torch.__version__, seconds=round(time.time() - started, 1))
-
+    device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
+    about = dict(device=device, torch=torch.__version__, seconds=round(time.time() - started, 1))
+    agreement = score(said["student"], said["teacher"].argmax(1))["accuracy"]
+    summary |= dict(out=config.out, images=len(truth), agreement=agreement) | about
     columns = dict(file=unlabeled.names)
-    for who, prefix in dict(teacher="teacher_", label="", student="student_").items():
-        confidence, number = said[who].max(1)
+    for who, probs in said.items():
+        (confidence, number), prefix = probs.max(1), f"{who}_".removeprefix("label_")
         columns |= {f"{prefix}label": [classes[c] for c in number], f"{prefix}confidence": confidence.tolist()}
     if (truth >= 0).any():
         columns["truth"] = [classes[c] if c >= 0 else "" for c in truth]
-        write_whole(
-            out / "noise.png", partial(draw_noise, classes, scores["unlabeled_teacher"], scores["unlabeled_student"])
-        )
+        side = min(4 + 0.18 * len(classes), 20)
+        figure = Figure((2 * side + 1, side), layout="compressed")
+        for ax, who in zip(figure.subplots(1, 2), ("teacher", "student")):
+            confusion = scores[f"unlabeled_{who}"]["confusion"]
+            shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)  # of the true class, in %
+            look = dict(include_values=len(classes) <= 20, values_format=".0f", xticks_rotation=90)  # else a blur
+            ConfusionMatrixDisplay(shares.numpy(), display_labels=classes).plot(ax=ax, **look)
+            ax.set_title(f"{who}: {summary[f'unlabeled_{who}_accuracy']:.1%} right")
+        figure.savefig(out / "noise.png", dpi=120, bbox_inches="tight")
     write_csv(out / "labels.csv", [dict(zip(columns, row)) for row in zip(*columns.values())])
     model = dict(arch=student.arch, size=student.size, classes=classes, student=student.state_dict())
-    write_whole(out / "model.pt", partial(torch.save, model))
-    write_whole(out / "summary.json", partial(json.dump, summary, indent=1), "w")
+    torch.save(model, out / "model.pt")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
 
-def draw_noise(classes, teacher, student, file):
-    """Picture (PNG): confusion matrices of two score()s side by side, as shares of the true class, in %."""
-    from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    side = min(4 + 0.18 * len(classes), 20)
-    figure = Figure((2 * side + 1, side), layout="compressed")
-    for ax, who, s in zip(figure.subplots(1, 2), ("teacher", "student"), (teacher, student)):
-        shares = 100 * s["confusion"] / s["confusion"].sum(1, keepdim=True).clamp(min=1)
-        look = dict(include_values=len(classes) <= 20, values_format=".0f", xticks_rotation=90)  # else a blur
-        ConfusionMatrixDisplay(shares.numpy(), display_labels=classes).plot(ax=ax, **look)
-        ax.set_title(f"{who}: {s['accuracy']:.1%} right")
-    figure.savefig(file, dpi=120, format="png", bbox_inches="tight")
-
-
 # ==== Files and command line ==========================================================================================
-def write_whole(path, write, mode="wb"):
-    """Let write(file) fill a draft, then put it into place at once: `path` is never half-written."""
-    draft = path.with_name(path.name + ".part")
-    try:
-        with open(draft, mode, **(dict(newline="", encoding="utf-8") if mode == "w" else {})) as file:
-            write(file)
-        os.replace(draft, path)
-    except OSError as error:  # the disk is full, say
-        raise UserError(f"cannot write {path}: {error}") from error
-
-
 def write_csv(path, rows):
     """Rows (dicts with the same keys) as a csv file. What begins like a formula gets an apostrophe before it."""
-    cells = [[re.sub(r"^(?='*[=+\-@\t\r])", "'", v) if type(v) is str else v for v in row.values()] for row in rows]
-    write_whole(path, lambda file: csv.writer(file).writerows([list(rows[0]), *cells]), "w")
+    guarded = [[re.sub(r"^(?='*[=+\-@\t\r])", "'", v) if type(v) is str else v for v in row.values()] for row in rows]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([list(rows[0]), *guarded])
 
 
-def add_settings(parser, kind):
-    """A flag for each field of the dataclass `kind`. What is not given on the command line is not in the result."""
-    for f in fields(kind):
+def add_settings(parser, settings):
+    """A flag for each of these fields of a dataclass. What is not given on the command line is not in the result."""
+    for f in settings:
         words = f": {', '.join(f.metadata['allowed'])}" if f.type is str and f.metadata["allowed"] else ""
-        default = f" [{f.default}]" if f.default not in (None, False) else ""
+        text = f.metadata["help"] + words + (f" [{f.default}]" if f.default is not None and f.type is not bool else "")
         how = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
-        help = f"{f.metadata['help']}{words}{default}".replace("%", "%%")
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=help, default=argparse.SUPPRESS, **how)
-
-
-def resume(kind, folder, given, places=("root", "cache", "device")):
-    """The settings, a dataclass `kind`, of the run in `folder`. Those that say where, not what, may be given anew."""
-    if fixed := given.keys() - set(places):
-        raise UserError(f"--resume takes --{min(fixed).replace('_', '-')} from {folder}/config.json: leave it out")
-    file = Path(folder, "config.json")
-    saved = json.loads(file.read_text()) if file.is_file() else {}
-    if saved.keys() != {f.name for f in fields(kind)}:
-        raise UserError(f"--resume {folder}: there is no config.json of a run, or of another command or version")
-    return kind(**saved | given | dict(out=str(folder)))
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **how)
 
 
 def main(argv=None):
     """The command line."""
-    what, _, usage, *_ = __doc__.split("\n\n")
-    style = dict(usage="%(prog)s [--setting value ...]", formatter_class=argparse.RawTextHelpFormatter)
-    parser = argparse.ArgumentParser("tclip.py", description=f"{what}\n\n{usage}", **style)
-    add_settings(parser, Config)
+    keep = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("tclip.py", "%(prog)s [--setting value ...]", __doc__, formatter_class=keep)
+    add_settings(parser, fields(Config))
     parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
     given = vars(parser.parse_args(argv))
-    folder, recipe = given.pop("resume"), DATASETS.get(given.get("dataset", Config.dataset), dict(settings={}))
-    config = resume(Config, folder, given) if folder else Config(**recipe["settings"] | given)
-    config, summary = run(config, resumed=bool(folder))
-    if summary:
-        for images in ("unlabeled", "heldout"):
-            teacher, student = (summary[f"{images}_{who}_accuracy"] for who in ("teacher", "student"))
-            print(f"{images} images right: teacher {teacher:.1%}, student {student:.1%}")
-        print(f"{summary['seconds']:.0f} s on {summary['device']}; results in {config.out}")
+    folder, name = given.pop("resume"), given.get("dataset", Config.dataset)
+    if name not in DATASETS:
+        raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
+    file = Path(folder or "", "config.json")
+    if folder and not file.is_file():
+        raise UserError(f"--resume {folder}: there is no run")
+    begun = json.loads(file.read_text()) | dict(out=folder) if folder else DATASETS[name]["settings"]
+    if summary := run(Config(**begun | given), resumed=bool(folder)):
+        print("right of the unlabeled images: teacher {unlabeled_teacher_accuracy:.1%}, student "
+              "{unlabeled_student_accuracy:.1%}; of the held-out ones: {heldout_teacher_accuracy:.1%}, "
+              "{heldout_student_accuracy:.1%}; {seconds:.0f} s on {device}; see {out}".format(**summary))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What the tests share: tclip of this checkout, a working `import clip`, tiny images, and the reference data."""
 
+import csv
 import importlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,8 +12,10 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,18 +23,79 @@ torch.set_num_threads(1)  # the networks here are so small that more threads onl
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that are called as a user calls them
 
 
-def mend_pkg_resources():
-    """clip-anytorch reads `pkg_resources.packaging`, which new setuptools have no more: lay a stand-in."""
-    try:
-        pkg_resources = importlib.import_module("pkg_resources")
-    except ImportError:
-        pkg_resources = sys.modules["pkg_resources"] = types.ModuleType("pkg_resources")
-    if not hasattr(pkg_resources, "packaging"):
-        importlib.import_module("packaging.version")
-        pkg_resources.packaging = importlib.import_module("packaging")
+try:  # clip-anytorch reads pkg_resources.packaging, which new setuptools have no more
+    pkg_resources = importlib.import_module("pkg_resources")
+except ImportError:
+    pkg_resources = sys.modules["pkg_resources"] = types.ModuleType("pkg_resources")
+importlib.import_module("packaging.version")
+pkg_resources.packaging = importlib.import_module("packaging")
 
 
-mend_pkg_resources()
+def coloured(n=37, classes=3, size=8):
+    """A tiny data set: noise in which class c is a little brighter in channel c; what a teacher says, mostly right; and
+    its unit features. uint8 (n, 3, size, size), float32 (n, classes), float32 (n, 6). Class of image i: i % classes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels, labels = torch.randint(0, 160, (n, 3, size, size), generator=generator), torch.arange(n) % classes
+    pixels[torch.arange(n), labels] += 80
+    features = torch.randn(n, 6, generator=generator) + 2 * F.one_hot(labels, 6)
+    logits = torch.randn(n, classes, generator=generator) + 2 * F.one_hot(labels, classes)
+    return pixels.byte(), logits.softmax(1), F.normalize(features, dim=1)
+
+
+def settings(**changes):
+    """Config of a tiny run on these."""
+    from tclip import Config
+
+    values = dict(size=8, arch="resnet8", views="writing", epochs=4, batch_size=16, label_neighbours=3, device="cpu")
+    return Config(**values | changes)
+
+
+def write_cifar10(root, n=20):
+    """Files of torchvision's CIFAR10 with n training and n test images of noise, for torchvision.datasets.CIFAR10 once
+    its check of the files' sums is off. Label of image i: i % 10."""
+    folder, rng = root / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    (folder / "batches.meta").write_bytes(pickle.dumps(dict(label_names=[str(c) for c in range(10)])))
+    for i, part in enumerate([*np.array_split(np.arange(n), 5), np.arange(n)]):
+        pixels = rng.integers(0, 256, (len(part), 3072), np.uint8)
+        name = f"data_batch_{i + 1}" if i < 5 else "test_batch"
+        (folder / name).write_bytes(pickle.dumps(dict(data=pixels, labels=(part % 10).tolist())))
+
+
+@pytest.fixture
+def tiny_clip(tmp_path):
+    """The name of a CLIP of open_clip with random weights, "tiny:FILE"; tiny.json beside FILE is its architecture."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = dict(image_size=32, layers=1, width=64, head_width=32, patch_size=16)
+    text = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
+    (tmp_path / "tiny.json").write_text(json.dumps(dict(embed_dim=16, vision_cfg=vision, text_cfg=text)))
+    open_clip.add_model_config(tmp_path / "tiny.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny").state_dict(), tmp_path / "tiny.pt")
+    return f"tiny:{tmp_path / 'tiny.pt'}"
+
+
+NAMES = [  # each is a file system's idea of a name
+    "=SUM(A1)", "+1", "-1", "@you", "\ttab", "\rreturn", "'quoted", "'=twice", "'+1", "new\nline", "com,ma", 'quo"te',
+    "two  words ", "per%cent", "日本語", "مرحبا", "\u202ereversed", "e\u0301 decomposed", "é composed", "\U0001f600",
+    "#hash", "semi;colon", "back\\slash", "no extension", "x" * 240, ".hidden", "-", "--out", "NULL", "1e5", "caf\\xe9",
+]  # fmt: skip
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def rows_of(path):
+    """The rows of a csv file, dicts of strings."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,33 +108,14 @@ def home(tmp_path_factory):
         yield folder
 
 
-@pytest.fixture(params=["clip", "open_clip"])
-def clip_package(request, monkeypatch):
-    """Run the test twice: with the package `clip`, and without it, when tclip falls back on open_clip."""
-    if request.param == "clip":
-        if not hasattr(pytest.importorskip("clip", reason="no package clip", exc_type=ImportError), "tokenize"):
-            pytest.skip("the installed package clip is not OpenAI's")
-    else:
-        pytest.importorskip("open_clip", reason="no open_clip")
-        monkeypatch.setitem(sys.modules, "clip", None)  # `import clip` now raises ImportError
-    return request.param
-
-
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """No network (every proxy is a closed port), and an empty home folder without downloads of earlier days."""
+def offline(monkeypatch):
+    """No network: every proxy is a closed port."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
         monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    home = tmp_path / "home"
-    home.mkdir()
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(home))
-    for name in ("HF_HOME", "HF_HUB_CACHE", "TORCH_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    return home
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +132,8 @@ def reference():
 
 
 NURSERY = """
-import json, os, signal, sys, traceback
-import tclip
-try:  # what else a run loads
-    import matplotlib.figure, sklearn.datasets, tclip_report
-except ImportError:
-    pass
+import atexit, json, os, signal, sys, traceback
+import open_clip, sklearn.datasets, tclip_app.cli
 for line in sys.stdin:
     job = json.loads(line)
     if "poll" in job:
@@ -112,9 +154,11 @@ for line in sys.stdin:
         exec(job["code"], {"__name__": "__main__"})
         code = 0
     except SystemExit as stop:
-        code = stop.code or 0
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        print(stop.code if isinstance(stop.code, str) else "", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
+    atexit._run_exitfuncs()
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 """
@@ -178,9 +222,9 @@ class Nursery:
         return Child(self.ask, self.ask(code=code, cwd=str(cwd), log=str(log)), log)
 
     def tclip(self, *arguments, cwd, before=""):
-        """A process of the command line, which executes the code `before` first."""
+        """A process of the command `tclip`, which executes the code `before` first."""
         argv = [str(argument) for argument in arguments]
-        return self.start(f"import sys, tclip\n{before}\nsys.exit(tclip.main({argv!r}))", cwd)
+        return self.start(f"import tclip, tclip_app.cli\n{before}\ntclip_app.cli.main({argv!r})", cwd)
 
 
 @pytest.fixture(scope="session")

@@ -1,118 +1,112 @@
-"""Packaging: the two ways to install agree, the import is light, and the method can be copied out alone."""
+"""tclip.py alone in an empty folder, its parts copied out as text, and what the packaging files promise."""
 
-import inspect
-import math
+import ast
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from conftest import ROOT, coloured, rows_of, settings, write_cifar10
 
 import tclip
 
-ROOT = Path(__file__).resolve().parents[1]
-OPENAI_CLIP = "git+https://github.com/openai/CLIP.git@d05afc436d78f1c48dc0dbf8e5980a9d471f35f6"
+SOURCE = (ROOT / "tclip.py").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUP = """
+import os, runpy, sys, open_clip, torchvision  # a small CLIP, and small files in place of a download
+open_clip.add_model_config({json!r})
+torchvision.datasets.cifar.check_integrity = lambda *_: True
+sys.argv = ["tclip.py", *sys.argv[1:]]
+runpy.run_path("tclip.py", run_name="__main__")
+"""
 
 
-@pytest.fixture(scope="module")
-def pyproject():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml")
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+def test_alone(tmp_path, tiny_clip):
+    """The only file of an empty folder: it prints its help; on the digits it says in one line which file it lacks; and
+    --dataset cifar10 runs end to end, by the classes of torchvision and open_clip, on few images and a small CLIP."""
+
+    def call(*arguments):
+        command = [sys.executable, "-P", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, timeout=300)
+
+    (tmp_path / "empty").mkdir()
+    shutil.copy(ROOT / "tclip.py", tmp_path / "empty")
+    assert "--dataset DATASET" in call("tclip.py", "--help").stdout
+    done = call("tclip.py")
+    assert done.returncode == 1 and re.fullmatch("tclip: .*offline_clip.pt.*\n", done.stderr) and not done.stdout
+    write_cifar10(tmp_path, 200)
+    (tmp_path / "setup.py").write_text(SETUP.format(json=str(tmp_path / "tiny.json")))
+    flags = "--dataset cifar10 --arch resnet8 --epochs 1 --device cpu --cache".split()
+    done = call(tmp_path / "setup.py", *flags, tmp_path / "cache", "--root", tmp_path, "--clip", tiny_clip)
+    assert done.returncode == 0 and "results in runs/cifar10" in done.stdout, done.stderr
+    assert len(rows_of(tmp_path / "empty/runs/cifar10/labels.csv")) == 200
 
 
-@pytest.fixture(scope="module")
-def environment():
-    yaml = pytest.importorskip("yaml", reason="pyyaml is not installed")
-    return yaml.safe_load((ROOT / "environment.yml").read_text())
-
-
-def test_environment(pyproject, environment):
-    """conda's file asks for what pyproject.toml asks for, the tutorials' needs, and OpenAI's CLIP at one commit."""
-    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    project = pyproject["project"]
-    assert {re.split("[=<>]", entry)[0] for entry in conda} == {"python", "pip", "git"}
-    assert sorted(pip) == sorted(
-        project["dependencies"] + project["optional-dependencies"]["tutorials"] + [OPENAI_CLIP]
-    )
-
-
-def test_python_version(pyproject, environment):
-    """conda's Python is one that pyproject.toml allows."""
-    specifiers = pytest.importorskip("packaging.specifiers")
-    (python,) = (entry for entry in environment["dependencies"] if str(entry).startswith("python="))
-    assert python.removeprefix("python=") in specifiers.SpecifierSet(pyproject["project"]["requires-python"])
-
-
-def test_imports_are_declared(pyproject):
-    """Every package that the modules import is a requirement, comes with one, or with Python."""
-    modules = pyproject["tool"]["setuptools"]["py-modules"]
-    sources = "\n".join((ROOT / f"{module}.py").read_text() for module in modules)
-    names = set(re.findall(r"^\s*(?:import|from) (\w+)", sources, re.M)) - set(modules)
-    asked = {re.split("[=<>]", entry)[0] for entry in pyproject["project"]["dependencies"]}
+def test_requirements():
+    """Each package that is imported is asked for, or comes with one that is; tclip.py imports nothing of ours; conda's
+    file asks for what pyproject.toml asks for, the tutorials' needs, and OpenAI's CLIP at one commit."""
+    project, packages = PROJECT["project"], {}
+    extras = project["optional-dependencies"]
+    for file in (ROOT / "tclip.py", *(ROOT / "tclip_app").glob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        packages[file.name] = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert not packages["tclip.py"] & {"tclip", "tclip_app"}
     known = dict(open_clip="open_clip_torch", sklearn="scikit-learn", PIL="pillow", numpy="torchvision")
-    optional = {"clip", "onnxscript", "safetensors"}  # done without, or asked for with [export]
-    foreign = {known.get(name, name) for name in names - optional if name not in sys.stdlib_module_names}
-    assert foreign <= asked, foreign - asked
+    used = {known.get(name, name) for name in set().union(*packages.values())}
+    asked = {re.split("[=<>]", entry)[0] for entry in project["dependencies"] + extras["export"]}
+    assert used <= asked | {"clip", "tclip", "tclip_app"}, used - asked  # (`clip` is done without)
+
+    yaml = pytest.importorskip("yaml", reason="pyyaml is not installed")
+    *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert {re.split("[=<>]", entry)[0] for entry in conda} == {"python", "pip", "git"}
+    assert f"python={project['requires-python'].removeprefix('>=')}" in conda
+    *pip, openai = sorted(pip["pip"], key=lambda entry: entry.startswith("git+"))
+    assert sorted(pip) == sorted(project["dependencies"] + extras["tutorials"])
+    assert re.fullmatch(r"git\+https://github.com/openai/CLIP.git@[0-9a-f]{40}", openai)
 
 
-def test_module_is_packed(pyproject):
-    """The wheel holds each module, the command `tclip` is tclip.main(), the offline CLIP is packed or beside it."""
-    assert set(pyproject["tool"]["setuptools"]["py-modules"]) == {file.stem for file in ROOT.glob("*.py")}
-    assert pyproject["project"]["scripts"]["tclip"] == "tclip:main" and callable(tclip.main)
-    packed = [file for files in pyproject["tool"]["setuptools"].get("data-files", {}).values() for file in files]
-    assert all((ROOT / file).is_file() for file in packed) and tclip.OFFLINE_CLIP.is_file()
-    assert (ROOT / pyproject["project"]["readme"]).is_file()
-    assert all((ROOT / file).is_file() for file in pyproject["project"]["license-files"])
+def test_sources():
+    """At most 750 lines; no package index and no path of a machine in any file of text."""
+    assert SOURCE.count("\n") <= 750
+    machine = re.compile(r"/(?:home|root|Users|work)/\w|index-url|pypi\.org|/simple/")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    for file in [ROOT / name for name in listed if re.search(r"\.(py|md|toml|yml|cff|ipynb)$", name)]:
+        if file.exists() and file.name != Path(__file__).name:
+            assert not machine.findall(file.read_text()), file
 
 
-def test_light_import():
-    """`import tclip` loads none of the slow packages that only some of it needs."""
-    heavy = {"torchvision", "sklearn", "matplotlib", "open_clip", "clip", "scipy", "timm"}
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tclip; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "tclip" in done.stdout.split() and not heavy & set(done.stdout.split())
+def copied(first, last, imports="import torch\nimport torch.nn.functional as F"):
+    """The text of tclip.py from one heading up to another, run elsewhere after these imports alone."""
+    space = {"__name__": "elsewhere"}
+    exec(imports + "\n" + re.search(rf"# ==== {first}.*?(?=# ==== {last})", SOURCE, re.S).group(), space)
+    return space
 
 
-def copied(*names):
-    """The sources of these names of tclip, executed where there is nothing but torch and math."""
-    namespace = dict(torch=torch, F=F, nn=nn, math=math, Tensor=Tensor)
-    for name in names:
-        exec(inspect.getsource(getattr(tclip, name)), namespace)
-    return [namespace[name] for name in names]
-
-
-def test_copies_of_the_pseudo_labels():
-    """The zero-shot functions can be copied into another project."""
-    zero_shot_probs, text_classifier = copied("zero_shot_probs", "text_classifier")
-
-    class Teacher:
-        encode_texts = staticmethod(lambda texts: torch.tensor([[len(text), 1.0] for text in texts]))
-
-    weights = text_classifier(Teacher, ["cat", "horse"], ["{}", "a {}"])
-    assert torch.equal(weights, tclip.text_classifier(Teacher, ["cat", "horse"], ["{}", "a {}"]))
-    assert zero_shot_probs(torch.eye(2), weights).shape == (2, 2)
-
-
-def test_copy_of_the_loss():
-    """The contrastive loss can be copied into another project."""
-    (loss,) = copied("class_conditional_contrastive_loss")
-    z, targets = F.normalize(torch.rand(8, 3), dim=1), torch.rand(4, 3).softmax(1)
-    assert torch.equal(loss(z, targets), tclip.class_conditional_contrastive_loss(z, targets))
-
-
-def test_copy_of_the_labels():
-    """The ensemble labels, with the five functions above them, can be copied into another project."""
-    *_, EnsembleLabels = copied("everyone", "total", "balance", "neighbour_mean", "consensus", "EnsembleLabels")
-    probs = torch.rand(6, 3).softmax(1)
-    tables = []
-    for kind in (EnsembleLabels, tclip.EnsembleLabels):
-        labels = kind(probs, neighbours=2)
-        labels.record(torch.arange(6), probs.roll(1, 0), F.normalize(probs, dim=1))
+def test_copies():
+    """Pseudo-labels, contrastive loss and labels work in another project with torch alone; training, with the sections
+    that it needs, gives what it gives here."""
+    there, here = copied("Pseudo-labels", "Augmentation"), vars(tclip)
+    (_, probs, features), results = coloured(12), []
+    for where in (there, here):
+        torch.manual_seed(0)
+        encode_texts = lambda texts: F.normalize(torch.tensor([[len(text), 9.0] for text in texts]), dim=1)  # noqa: E731
+        weights = where["text_classifier"](encode_texts, ["cat", "horse"], ["{}", "a {}"])
+        labels = where["EnsembleLabels"](probs, features, neighbours=2)
+        labels.record(torch.arange(12), probs.roll(1, 0), features)
         labels.end_epoch()
-        tables.append(labels.table)
-    assert torch.equal(*tables) and not torch.equal(tables[0], probs)
+        loss = where["class_conditional_contrastive_loss"](features, probs[:6])
+        results.append([where["zero_shot_probs"](torch.eye(2), weights), loss, labels.table])
+    assert all(map(torch.equal, *results)) and not torch.equal(labels.table.float(), probs)
+
+    imports = SOURCE[SOURCE.index("import argparse") : SOURCE.index("# ==== Settings")]
+    student, labels = copied("Pseudo-labels", "Evaluation", imports)["train"](settings(epochs=2), *coloured())
+    expected, table = tclip.train(settings(epochs=2), *coloured())
+    assert torch.equal(labels.table, table.table)
+    assert all(map(torch.equal, student.state_dict().values(), expected.state_dict().values()))

@@ -19,34 +19,29 @@
 # [![Open in Colab][badge]][colab]
 #
 # This notebook builds the loop up, from the least that trains to [`train`](../tclip.py): each version adds to the one
-# before it, and the last is compared with `tclip.train`, bit by bit. On the way: what the student sees, where the time
-# goes, how an interrupted run goes on, and what the student has learned.
+# before it, and the last is compared with `tclip.train`, bit by bit. Then: how an interrupted run goes on, and what the
+# student has learned.
 #
-# In [tclip.py](../tclip.py) these are the sections *Augmentation* (`augment`, `draw_views`, `apply_views`), *Student*
-# and *Training* (`train`, `train_epoch`, `learning_rate`).
+# In [tclip.py](../tclip.py) these are the sections *Augmentation*, *Student* and *Training*.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
 # [colab]: https://colab.research.google.com/github/OWNER/tclip/blob/main/tutorials/04_training_loop.ipynb
 
 # %%
-# Installs the package where it is missing, as on Colab. OWNER stands for the account that publishes the repository.
-import importlib
+# Finds tclip.py, one folder up. Elsewhere, as on Colab, it is fetched; OWNER is the account that publishes it.
+import os
 import subprocess
 import sys
 
-REPOSITORY = "https://github.com/OWNER/tclip"
-sys.path[:0] = ["..", ".", "tclip", "tclip/tutorials"]  # tclip.py lies one folder up, or in the clone made below
-try:
-    import tclip
-except ImportError:
-    subprocess.run(["git", "clone", "--depth", "1", REPOSITORY], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./tclip"], check=True)
-    importlib.invalidate_caches()  # Python remembers that these folders were not there
-    import tclip
+if not os.path.exists("../tclip.py"):
+    if not os.path.exists("tclip"):
+        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/OWNER/tclip"], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./tclip"], check=True)
+    os.chdir("tclip/tutorials")
+sys.path[:0] = ["..", "."]
 
 # %%
 import math
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -55,26 +50,21 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from plots import BLACK, BLUE, ORANGE, PINK, RED, SKY, show_images, show_source, takeaway
-from sklearn.decomposition import PCA
+from plots import BLACK, BLUE, ORANGE, PINK, RED, show_images, show_source, takeaway
 from sklearn.manifold import TSNE
 
+import tclip
+
 started = time.time()
-QUICK = os.environ.get("TCLIP_QUICK") == "1"  # a few epochs on a part of the images, to test that all cells run
-EPOCHS = 3 if QUICK else 10
+QUICK = os.environ.get("TCLIP_QUICK") == "1"  # few images and epochs, to test that all cells run
+EPOCHS = 2 if QUICK else 10
 
-teacher = tclip.load_clip("offline")
-images = tclip.load_images("digits", teacher=teacher)
-if QUICK:
-    images = tclip.Images(
-        images.pixels[:200], images.names[:200], images.classes, images.truth[:200], images.features[:200]
-    )
-prompts = tclip.text_classifier(teacher, images.classes, tclip.DATASETS["digits"].templates)
-probs = tclip.zero_shot_probs(images.features, prompts)  # (N, C), the pseudo-labels of notebook 1
-pixels, N, C = images.pixels, len(images.pixels), len(images.classes)
-
-config = tclip.complete(tclip.Config(epochs=EPOCHS, device="cpu"))  # complete(): fills in what the data set decides
+config = tclip.Config(**tclip.DATASETS["digits"]["settings"], epochs=EPOCHS, device="cpu", cache="none")
+images, _, classes = tclip.read_dataset(config)
+images = tclip.Images(**{name: part[: 200 if QUICK else None] for name, part in vars(images).items()})
+pixels, probs, N, C = images.pixels, images.probs, len(images.pixels), len(classes)
 LR = config.lr * config.batch_size / 256  # as train() scales it
+VIEWS = tclip.VIEWS[config.views]
 print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", "batch_size", "lr")), sep=" | ")
 
 # %% [markdown]
@@ -85,38 +75,31 @@ print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", 
 # mirrored, a photo may. Here are the originals in the first column, and views of them in the others.
 
 # %%
-print(config.views, "=", tclip.VIEWS[config.views])
+print(config.views, "=", VIEWS)
 torch.manual_seed(0)
-columns = [pixels[:5].float() / 255] + [tclip.augment(pixels[:5], **tclip.VIEWS[config.views]) for _ in range(9)]
+columns = [pixels[:4].float() / 255] + [tclip.augment(pixels[:4], **VIEWS) for _ in range(9)]
 show_images(torch.stack(columns, 1).flatten(0, 1), columns=10, side=0.7)
 plt.show()
 
 # %% [markdown]
 # Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies
-# them. (With one draw for a whole batch, as torchvision's transforms make it, all images of a batch would be cut
-# alike.) Here are the draws of four views, one in a column. The first four are in shares of the image's side: a width
-# of 0.8 shows a part of the image, one of 1.2 all of it with a margin. The angle is in degrees, and the last three are
-# factors.
-#
-# Window, rotation and mirror together are one matrix of 2 x 3 numbers for each view (`theta` in `apply_views`). It says
-# for each point of the view where in the image it comes from, and `grid_sample` reads all of them at once.
+# them. (torchvision's transforms draw once for a batch, so that all its images would be cut alike.) Here are the draws
+# of four views, one in a column. The first four are in shares of the image's side: a width of 0.8 shows a part of the
+# image, one of 1.2 all of it with a margin. The angle is in degrees; the last three are factors.
 
 # %%
-draw = tclip.draw_views(4, **{k: v for k, v in tclip.VIEWS[config.views].items() if k != "padding"})
+draw = tclip.draw_views(4, **{k: v for k, v in VIEWS.items() if k != "padding"})
 for name, values in draw.items():
     print(f"{name:11}", "  ".join(f"{v:6.2f}" for v in values.tolist()))
-takeaway(
-    f"a view is described by {len(draw)} numbers, drawn anew each time; the label stays, so the student must learn to "
-    "see past them."
-)
+takeaway(f"a view is {len(draw)} numbers, drawn anew each time; the label stays, so the student must see past them.")
 
 # %% [markdown]
 # ## What is the student?
 #
 # A small ResNet, the *backbone*, turns an image into a vector of features. On top of it lie two heads. The
 # *classifier*, one linear layer, makes logits of them, and so names. The *projector*, two layers, makes the embedding
-# of length one that the contrastive loss compares. (Such a head of its own is usual since SimCLR: the loss can then
-# make the embedding forget what tells two views apart, without taking it from the features.)
+# of length one that the contrastive loss compares. (Such a head of its own is usual since SimCLR: the loss can make the
+# embedding forget what tells two views apart, without taking it from the features.)
 
 # %%
 blank = tclip.Student(config.arch, C, config.size)
@@ -128,17 +111,16 @@ takeaway("the student's weights: " + ", ".join(f"{count:,} of the {name}" for na
 # %% [markdown]
 # ## What is the least that trains?
 #
-# A student, an optimizer, cross-entropy with CLIP's names. The embedding we ignore at first.
-#
-# `report` keeps how right the student is on all images. It was trained on these same images, but with labels of which
-# some are wrong: this is the *transductive* accuracy.
+# A student, an optimizer, cross-entropy with CLIP's names. `report` keeps how right the student is on all images. It is
+# trained on these same images, but with labels of which some are wrong: this is the *transductive* accuracy.
 
 # %%
 curves = {}
 
 
 def report(name, student):
-    curves.setdefault(name, []).append(tclip.evaluate(student, images)["accuracy"])
+    accuracy = tclip.score(tclip.predict(student, pixels), images.truth)["accuracy"]
+    curves.setdefault(name, []).append(accuracy)
 
 
 def first_version():
@@ -150,100 +132,83 @@ def first_version():
     for _ in range(EPOCHS):
         student.train()
         for index in torch.randperm(N).split(config.batch_size):
-            view = tclip.augment(pixels[index], **tclip.VIEWS[config.views])
-            logits, _ = student(view)
+            logits, _ = student(tclip.augment(pixels[index], **VIEWS))
             loss = F.cross_entropy(logits, names[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         report("1 cross-entropy, hard labels", student)
-    return student
 
 
 first_version()
-teacher_accuracy = tclip.score(probs, images.truth)["accuracy"]
+teacher = tclip.score(probs, images.truth)["accuracy"]
 takeaway(
     f"this short loop makes a student that is {curves['1 cross-entropy, hard labels'][-1]:.1%} right, of a teacher "
-    f"that is {teacher_accuracy:.1%} right. It has the names from CLIP alone, mistakes included."
+    f"that is {teacher:.1%} right. It has the names from CLIP alone, mistakes included."
 )
 
 # %% [markdown]
-# (It may be better than its teacher because these epochs are too few to memorise all mistakes. In
-# [notebook 5](05_benchmark.ipynb) cross-entropy goes on for longer, and ends about as right as its teacher.)
-#
 # ## What does the contrastive loss need?
 #
 # Two views of each image in one batch, one after the other, as [`class_conditional_contrastive_loss`](../tclip.py)
 # expects: row $i$ and row $i + B$ belong together. Cross-entropy simply has twice as many rows. And labels that say how
-# sure they are: CLIP's probabilities, balanced, instead of its best name ([notebook 1](01_pseudo_labels.ipynb)).
-# As long as these are the teacher's, the loss pulls by class alone: `class_share=1`.
+# sure they are: CLIP's probabilities instead of its best name.
 
 
 # %%
 def second_version():
-    """... with soft, balanced labels, two views and the contrastive loss."""
+    """... with soft labels, two views and the contrastive loss."""
     torch.manual_seed(0)
     student = tclip.Student(config.arch, C, config.size)
     optimizer = torch.optim.SGD(student.parameters(), lr=LR, momentum=0.9)
-    targets = tclip.balance(probs)  # (N, C)
     for _ in range(EPOCHS):
         student.train()
         for index in torch.randperm(N).split(config.batch_size):
-            views = tclip.augment(pixels[index], views=2, **tclip.VIEWS[config.views])
-            logits, z = student(views)  # (2B, C), (2B, D)
-            loss = F.cross_entropy(logits, targets[index].repeat(2, 1))
-            loss = loss + config.c3l_weight * tclip.class_conditional_contrastive_loss(
-                z, targets[index], config.temperature, class_share=1.0, negatives=config.negatives
-            )
+            targets = probs[index]  # (B, C)
+            logits, z = student(tclip.augment(pixels[index], views=2, **VIEWS))  # (2B, C), (2B, D)
+            loss = F.cross_entropy(logits, targets.repeat(2, 1))
+            loss = loss + tclip.class_conditional_contrastive_loss(z, targets, config.temperature)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         report("2 + soft labels, C3L", student)
-    return student
 
 
 second_version()
-takeaway(
-    f"the same loop with soft balanced labels and the contrastive loss: {curves['2 + soft labels, C3L'][-1]:.1%}, at "
-    "twice the work for each image."
-)
+takeaway(f"the same loop with soft labels and C3L: {curves['2 + soft labels, C3L'][-1]:.1%}, at twice the work.")
 
 # %% [markdown]
 # ## And the ensemble labels?
 #
-# Three calls. `targets` in place of the fixed table; `record` what the student says, after each step; `end_epoch` mixes
-# it in ([notebook 3](03_ensemble_labels.ipynb)). The student says it anyway, so this costs next to nothing.
-#
-# And the trust $w$ that comes of it, `labels.trust`, has a second use: the contrastive loss pulls classmates together
-# with the share $1 - w$, and otherwise only the two views of an image
-# ([notebook 2](02_class_conditional_contrast.ipynb)). To tell images apart helps where alike ones share a class. Where
-# they do not, as in the first epoch, it would only take from what the network learns of the classes.
-
+# Three calls ([notebook 3](03_ensemble_labels.ipynb)). `targets` in place of the fixed table; `record` what the student
+# says, after each step; `end_epoch` mends the table by it. The student says it anyway, so this costs next to nothing.
+# The sum of the two losses, with the weight of the second, has a name in tclip, `tclip_objective`.
 
 # %%
+show_source(tclip.tclip_objective)
+
+
+def ensemble_labels():
+    rule = config.label_momentum, config.label_neighbours, config.class_prior
+    return tclip.EnsembleLabels(probs, images.features, *rule)
+
+
 def third_version():
     """... with labels that follow the student."""
     torch.manual_seed(0)
-    student = tclip.Student(config.arch, C, config.size)
+    student, labels = tclip.Student(config.arch, C, config.size), ensemble_labels()
     optimizer = torch.optim.SGD(student.parameters(), lr=LR, momentum=0.9)
-    labels = tclip.EnsembleLabels(probs, config.label_momentum, config.label_neighbours, config.label_sharpness)
     for _ in range(EPOCHS):
         student.train()
         for index in torch.randperm(N).split(config.batch_size):
-            views = tclip.augment(pixels[index], views=2, **tclip.VIEWS[config.views])
-            targets = labels.targets(index)
-            logits, z = student(views)
-            loss = F.cross_entropy(logits, targets.repeat(2, 1))
-            loss = loss + config.c3l_weight * tclip.class_conditional_contrastive_loss(
-                z, targets, config.temperature, 1 - labels.trust, config.negatives
-            )
+            logits, z = student(tclip.augment(pixels[index], views=2, **VIEWS))
+            classification, contrastive = tclip.tclip_objective(logits, z, index, labels, config)
             optimizer.zero_grad()
-            loss.backward()
+            (classification + contrastive).backward()
             optimizer.step()
             labels.record(index.repeat(2), logits.softmax(1), z)
         labels.end_epoch()
         report("3 + ensemble labels", student)
-    return student
 
 
 third_version()
@@ -262,73 +227,47 @@ takeaway(f"with labels that follow: {curves['3 + ensemble labels'][-1]:.1%}.")
 # * **Seeds by epoch.** The random draws of an epoch depend on its number alone. So a run that is resumed draws as if it
 #   had never stopped.
 # * **Speed.** bfloat16 where the hardware has it, and `channels_last`, the memory layout that convolutions like best.
-#
-# The learning rate over the run:
-
-# %%
-progress = torch.linspace(0, 1, 400)
-figure, ax = plt.subplots(figsize=(6, 2.4))
-ax.plot(progress * EPOCHS, [tclip.learning_rate(config, p) for p in progress.tolist()], color=BLUE)
-ax.set(xlabel="epoch", ylabel="learning rate")
-plt.show()
 
 
 # %%
 def last_version():
-    """What tclip.train does, without its checkpoint, its log and its messages."""
+    """What tclip.train does in one process, without its checkpoint, its log and its messages."""
     torch.manual_seed(config.seed)
     device = tclip.pick_device(config.device)
     student = tclip.Student(config.arch, C, config.size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
-    labels = tclip.EnsembleLabels(
-        probs, config.label_momentum, config.label_neighbours, config.label_sharpness, config.class_prior == "uniform"
-    )
-    steps = math.ceil(N / config.batch_size)
+    labels, steps = ensemble_labels(), math.ceil(N / config.batch_size)
     for epoch in range(config.epochs):
-        student.train()
         torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))
+        student.train()
         for step, index in enumerate(torch.randperm(N).tensor_split(steps)):
-            for group in optimizer.param_groups:
-                group["lr"] = tclip.learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
-            views = tclip.augment(pixels[index], views=2, **tclip.VIEWS[config.views])
-            targets = labels.targets(index)
+            progress = (epoch + (step + 0.5) / steps) / config.epochs
+            optimizer.param_groups[0]["lr"] = tclip.learning_rate(config, progress)
+            views = tclip.augment(pixels[index], views=2, **VIEWS)
             with torch.autocast(device.type, torch.bfloat16, enabled=tclip.has_fast_bfloat16(device)):
                 logits, z = student(views.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), targets.repeat(2, 1))
-            loss = loss + config.c3l_weight * tclip.class_conditional_contrastive_loss(
-                z, targets, config.temperature, 1 - labels.trust, config.negatives
-            )
+            logits = logits.float()
+            classification, contrastive = tclip.tclip_objective(logits, z, index, labels, config)
             optimizer.zero_grad()
-            loss.backward()
+            (classification + contrastive).backward()
             optimizer.step()
-            labels.record(index.repeat(2), logits.float().softmax(1), z)
+            labels.record(index.repeat(2), logits.softmax(1), z)
         labels.end_epoch()
         report("4 + schedule: as train()", student)
     return student, labels
 
 
+def same(a, b):
+    """Whether two networks have the same weights, or two EnsembleLabels the same labels, to the bit."""
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
 student, labels = last_version()
-reference, reference_labels = tclip.train(config, images, probs)
-
-
-def same_bits(student, other):
-    pairs = zip(student.state_dict().values(), other.state_dict().values())
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
+reference, reference_labels = tclip.train(config, pixels, probs, images.features)
 takeaway(
-    f"our loop and tclip.train end with the same weights, to the bit: {same_bits(student, reference)}; with the same "
-    f"labels: {torch.equal(labels.table, reference_labels.table)}."
+    f"our loop and tclip.train end with the same weights, to the bit: {same(student, reference)}; with the same "
+    f"labels: {same(labels, reference_labels)}."
 )
-
-# %% [markdown]
-# tclip keeps the inner loop in a function of its own. Compare it with yours. What it has in addition: `whole_batch` and
-# `ranks` do nothing where one process trains, `.to(device)` brings batches to a GPU, and the losses are added up where
-# they are, so that no step waits for a number to print. `train`, around it, adds the checkpoint and a row of the log
-# for each epoch.
-
-# %%
-show_source(tclip.train_epoch)
 
 # %% [markdown]
 # Here are the four versions, each with one seed. More than one thing changes between versions, and another seed gives
@@ -338,62 +277,19 @@ show_source(tclip.train_epoch)
 figure, ax = plt.subplots(figsize=(7.5, 3.2))
 for (name, curve), color, line in zip(curves.items(), (BLACK, ORANGE, PINK, BLUE), (":", "-.", "--", "-")):
     ax.plot(range(1, EPOCHS + 1), [100 * a for a in curve], color=color, ls=line, label=name)
-ax.axhline(100 * teacher_accuracy, color="gray", lw=1, label="the teacher")
+ax.axhline(100 * teacher, color="gray", lw=1, label="the teacher")
 ax.set(xlabel="epoch", ylabel="right, in %", ylim=(0, 100))
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 takeaway("in the end " + ", ".join(f"{curve[-1]:.1%} ({name})" for name, curve in curves.items()) + ".")
 
 # %% [markdown]
-# ## Where does the time go?
-#
-# Measure the parts of a step, several times, and take the median. (On a GPU one would have to wait for it before
-# reading the clock, as `torch.cuda.synchronize` does; here it is a CPU.)
+# Now you can read `train` itself. What it has in addition: `whole_batch`, `rank` and `world` do nothing where one
+# process trains, `.to(device)` brings batches to a GPU, the losses are added up where they are, so that no step waits
+# for a number to print, and each epoch leaves a row of the log and a checkpoint.
 
 # %%
-parts = {"gather, augment": [], "forward": [], "losses": [], "backward, step": [], "record": []}
-optimizer = torch.optim.SGD(student.parameters(), 0.0)
-student.train()
-for _ in range(3 if QUICK else 12):
-    index = torch.randperm(N)[: config.batch_size]
-    clock = [time.perf_counter()]
-    views = tclip.augment(pixels[index], views=2, **tclip.VIEWS[config.views])
-    clock.append(time.perf_counter())
-    with torch.autocast("cpu", torch.bfloat16, enabled=tclip.has_fast_bfloat16(torch.device("cpu"))):
-        logits, z = student(views.contiguous(memory_format=torch.channels_last))
-    clock.append(time.perf_counter())
-    targets = labels.targets(index)
-    loss = F.cross_entropy(logits.float(), targets.repeat(2, 1))
-    loss = loss + tclip.class_conditional_contrastive_loss(z, targets)
-    clock.append(time.perf_counter())
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    clock.append(time.perf_counter())
-    labels.record(index.repeat(2), logits.float().softmax(1), z)
-    clock.append(time.perf_counter())
-    for part, before, after in zip(parts.values(), clock, clock[1:]):
-        part.append(1000 * (after - before))
-milliseconds = {name: torch.tensor(part).median().item() for name, part in parts.items()}
-
-begun = time.perf_counter()
-labels.end_epoch()
-epoch_end = 1000 * (time.perf_counter() - begun)
-steps = math.ceil(N / config.batch_size)
-milliseconds["end_epoch, its share"] = epoch_end / steps
-
-figure, ax = plt.subplots(figsize=(7, 2.4))
-bars = ax.barh(list(milliseconds), list(milliseconds.values()), color=SKY)
-ax.bar_label(bars, fmt=" %.1f")
-ax.invert_yaxis()
-ax.set(xlabel="milliseconds for a step", xlim=(0, 1.15 * max(milliseconds.values())))
-plt.show()
-total = sum(milliseconds.values())
-network = milliseconds["forward"] + milliseconds["backward, step"]
-takeaway(
-    f"{network / total:.0%} of the time is the network's; the losses take {milliseconds['losses'] / total:.1%} and the "
-    f"ensemble labels {(milliseconds['record'] + milliseconds['end_epoch, its share']) / total:.1%}."
-)
+show_source(tclip.train)
 
 # %% [markdown]
 # ## What if the power fails?
@@ -404,7 +300,8 @@ takeaway(
 
 # %%
 short = replace(config, epochs=3)
-uninterrupted, uninterrupted_labels = tclip.train(short, images, probs)
+uninterrupted, uninterrupted_labels = tclip.train(short, pixels, probs, images.features)
+ran = []
 
 
 class PowerFailure(Exception):
@@ -417,114 +314,69 @@ def pull_the_plug(row, student, labels):
 
 
 with tempfile.TemporaryDirectory() as folder:
+    arguments = (short, pixels, probs, images.features, Path(folder))
     try:
-        tclip.train(short, images, probs, Path(folder), on_epoch=pull_the_plug)
+        tclip.train(*arguments, on_epoch=pull_the_plug)
     except PowerFailure:
-        saved = tclip.read_tensors(Path(folder) / "checkpoint.pt")
-        print("the light is out; in the folder:", ", ".join(sorted(path.name for path in Path(folder).iterdir())))
-        print("epochs in the checkpoint:", len(saved["history"]), "| it holds:", ", ".join(saved))
-    ran = []
-    resumed, resumed_labels = tclip.train(short, images, probs, Path(folder), lambda row, *_: ran.append(row["epoch"]))
+        saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+        print("the light is out; epochs in the checkpoint:", len(saved["history"]), "| it holds:", ", ".join(saved))
+    resumed, resumed_labels = tclip.train(*arguments, on_epoch=lambda row, *_: ran.append(row["epoch"]))
 print("epochs that were run after it came back:", ran)
 takeaway(
     "the resumed run and the uninterrupted one have the same weights, to the bit: "
-    f"{same_bits(resumed, uninterrupted)}; and the same labels: "
-    f"{torch.equal(resumed_labels.table, uninterrupted_labels.table)}."
+    f"{same(resumed, uninterrupted)}; and the same labels: {same(resumed_labels, uninterrupted_labels)}."
 )
 
 # %% [markdown]
-# Five things have to be kept for that: the weights, the optimizer's momentum, the table of labels, the table that it
-# started as, and how many epochs are done. (The settings are there to notice if it is another run.) The random draws
-# need not be kept, as they follow from the epoch's number. On the command line it is `python tclip.py --resume
-# runs/digits`.
+# The random draws need not be kept, as they follow from the epoch's number. On the command line it is
+# `python tclip.py --resume runs/digits`.
 #
 # ## What has the student learned?
 #
-# Look at its embedding, before and after (that is, of `tclip.train` above). PCA shows the two directions in which the
-# embeddings of the images differ most; t-SNE draws a map on which neighbours stay neighbours (sizes of and distances
-# between its islands mean little; its axes have no meaning). Each digit is drawn as itself, coloured by the true class,
-# which the student never saw. On the right are the same points again: red are the images that CLIP named wrongly.
+# Look at its embedding, before and after (that is, of `tclip.train` above). t-SNE draws a map on which neighbours stay
+# neighbours; sizes of and distances between its islands mean little, its axes nothing. Each digit is drawn as itself,
+# coloured by the true class, which the student never saw. On the right are the same points again: red are the images
+# that CLIP named wrongly.
 
-
-# %%
-def embed(student):
-    with torch.inference_mode():
-        return student.eval()(some.float() / 255)[1].numpy()
-
-
+# %% tags=["picture"]
 chosen = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:600]
-some, some_truth = pixels[chosen], images.truth[chosen]
-named_wrongly = (probs.argmax(1) != images.truth)[chosen]
+truth, misnamed = images.truth[chosen], (probs.argmax(1) != images.truth)[chosen]
 torch.manual_seed(config.seed)
-untrained = tclip.Student(config.arch, C, config.size)
-before, after = embed(untrained), embed(reference)
+with torch.inference_mode():
+    students = tclip.Student(config.arch, C, config.size).eval(), reference
+    before, after = (student(pixels[chosen].float() / 255)[1] for student in students)
 tsne = TSNE(perplexity=30, init="pca", random_state=0, max_iter=300 if QUICK else 750)
-flat = {name: PCA(2).fit_transform(z) for name, z in (("before", before), ("after", after))}
-mapped = {name: tsne.fit_transform(z) for name, z in (("before", before), ("after", after))}
+first_map, last_map = (tsne.fit_transform(z.numpy()) for z in (before, after))
 
-# %%
-figure, axes = plt.subplots(2, 3, figsize=(12, 7.4))
+figure, axes = plt.subplots(1, 3, figsize=(12, 3.9))
 shades = plt.get_cmap("viridis")(torch.linspace(0, 0.95, C).numpy())
-panels = (
-    ("PCA, before", flat["before"]),
-    ("PCA, after", flat["after"]),
-    ("PCA, after: red is what CLIP named wrongly", flat["after"]),
-    ("t-SNE, before", mapped["before"]),
-    ("t-SNE, after", mapped["after"]),
-    ("t-SNE, after: red is what CLIP named wrongly", mapped["after"]),
-)
-for ax, (name, points) in zip(axes.flat, panels):
+titles = "before", "after", "after: red is what CLIP named wrongly"
+for ax, title, points in zip(axes, titles, (first_map, last_map, last_map)):
     for c in range(C):
         for wrong in (False, True):
-            here = ((some_truth == c) & (named_wrongly == wrong)).numpy()
-            color = shades[c] if "red" not in name else RED if wrong else "lightgray"
+            here = ((truth == c) & (misnamed == wrong)).numpy()
+            color = shades[c] if "red" not in title else RED if wrong else "lightgray"
             ax.scatter(*points[here].T, marker=f"${c}$", s=22, color=color, linewidths=0.2)
-    ax.set(title=name, xticks=[], yticks=[])
-    if name.startswith("PCA"):
-        ax.set(xlabel="first component", ylabel="second component")
-    for side in ax.spines.values():
-        side.set_visible(False)
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
 plt.show()
 K = 10
 
 
-def neighbours_of_own_class(z, which):
-    z = torch.from_numpy(z)
+def of_own_class(z):
+    """Share of an image's K nearest that are of its class: of all images, and of those that CLIP named wrongly."""
     near = (z @ z.T).fill_diagonal_(-1).topk(K).indices
-    return (some_truth[near] == some_truth[:, None]).float().mean(1)[which].mean().item()
+    share = (truth[near] == truth[:, None]).float().mean(1)
+    return share.mean(), share[misnamed].mean()
 
 
-everything = torch.ones(len(chosen), dtype=torch.bool)
 takeaway(
-    f"of the {K} nearest in the embedding {neighbours_of_own_class(before, everything):.0%} are of the same class "
-    f"before training and {neighbours_of_own_class(after, everything):.0%} after it; for images that CLIP named "
-    f"wrongly {neighbours_of_own_class(before, named_wrongly):.0%} and "
-    f"{neighbours_of_own_class(after, named_wrongly):.0%}."
+    f"of the {K} nearest in the embedding {of_own_class(before)[0]:.0%} are of the same class before training and "
+    f"{of_own_class(after)[0]:.0%} after it; for images that CLIP named wrongly {of_own_class(before)[1]:.0%} and "
+    f"{of_own_class(after)[1]:.0%}."
 )
 
 # %% [markdown]
-# ## What else is in tclip.py?
-#
-# You have now met the method and its loop, the first part of the file. The rest carries data to it and results from it:
-#
-# * [`Config`](../tclip.py): every setting is one field, with its help and its limits; [`parse`](../tclip.py) makes the
-#   command line from the fields, so that the two cannot differ.
-# * [`predict`](../tclip.py), [`score`](../tclip.py), [`evaluate`](../tclip.py): what the student says, and how right it
-#   is.
-# * [`DATASETS`](../tclip.py), [`open_dataset`](../tclip.py) and [`Folder`](../tclip.py): where (image, label) pairs
-#   come from. Labels travel along for evaluation alone.
-# * [`square`](../tclip.py), [`read_images`](../tclip.py) and [`PixelFile`](../tclip.py): each image is decoded once and
-#   kept as bytes at the student's size, in memory or, where there are too many, in a file. So no step of training waits
-#   for a decoder.
-# * [`load_clip`](../tclip.py), [`cached`](../tclip.py): teachers from several packages behind one small interface,
-#   [`Teacher`](../tclip.py); and a cache of their features.
-# * [`read_pseudo_labels`](../tclip.py) and [`match`](../tclip.py): the answers of any other teacher, from a file.
-# * [`write_whole`](../tclip.py): each file is written as a draft and then put into place, as you saw of the checkpoint.
-# * [`complete`](../tclip.py), [`run`](../tclip.py), [`main`](../tclip.py): settings filled in from the data set; the
-#   whole run, which is what these notebooks did step by step; errors that you can mend, told in one line.
-#
-# **Take-away: the method is the smaller part of the file; the larger makes it start, stop and tell you what is wrong.**
-#
 # ## Exercises
 #
 # **1.** In `third_version`, comment out the line with `labels.record`. Does it fail, and what does it train now?
@@ -532,7 +384,7 @@ takeaway(
 # <details><summary>Answer</summary>
 #
 # It does not fail: `end_epoch` keeps the label of every image that was not seen, and now none was. The labels stay as
-# they were, and it is the second version again (up to rounding, as the table is kept with 16 bits a number).
+# they were at the start.
 # </details>
 #
 # **2.** Give both views of an image the same augmentation (make one, and use it twice). What becomes of the contrastive
@@ -540,9 +392,9 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# `view = tclip.augment(pixels[index], **tclip.VIEWS[config.views])`, then `views = torch.cat([view, view])`. The two
-# rows are equal, so their similarity is as high as it can be from the first step on. Nothing is left to learn from
-# pulling; only the pushing remains. Print the contrastive loss in the loop, with and without this change.
+# `view = tclip.augment(pixels[index], **VIEWS)`, then `student(torch.cat([view, view]))`. The two rows are equal, so
+# their similarity is as high as it can be from the first step on: nothing is left to learn from pulling them together.
+# Print `contrastive` in the loop, with and without this change.
 # </details>
 #
 # **3.** Add a *mean teacher*: a copy of the student whose weights follow slowly, and whose answers are recorded in
@@ -556,7 +408,7 @@ takeaway(
 # with torch.no_grad():
 #     for slow, fast in zip(shadow.parameters(), student.parameters()):
 #         slow.lerp_(fast, 0.01)
-#     logits, z = shadow(views)
+#     logits, z = shadow(tclip.augment(pixels[index], views=2, **VIEWS))
 # labels.record(index.repeat(2), logits.softmax(1), z)
 # ```
 # It costs one more forward pass a step. You have changed the method: now measure it, with more than one seed.

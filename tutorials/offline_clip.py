@@ -1,6 +1,6 @@
 """Train a tiny CLIP that needs no download. It knows digits, and it has only ever seen printed ones.
 
-    python tutorials/offline_clip.py                   # writes offline_clip.pt beside this script
+    python tutorials/offline_clip.py                   # writes tclip_app/offline_clip.pt
     python tutorials/offline_clip.py --out there.pt    # 1 to 2 minutes on two CPU cores, 1.2 GB of memory
 
 The model has the architecture of openai/CLIP (a very small "RN50" and a one-layer text transformer). It learns
@@ -215,7 +215,7 @@ def evaluate(path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".pt"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "tclip_app/offline_clip.pt")
     out = parser.parse_args().out
     torch.set_num_threads(2)  # the order of a sum, and so its rounding, depends on it
     torch.use_deterministic_algorithms(True)

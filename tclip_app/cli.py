@@ -1,0 +1,131 @@
+"""The command line: tclip train, predict, report, export.
+
+tclip train photos --classes "cat,dog,neither"           CLIP names the images, a student learns
+tclip train photos --pseudo-labels answers.csv           another teacher in place of CLIP
+tclip train --resume runs/photos                         go on where a run was interrupted
+tclip predict more --model runs/photos/model.pt          name new images by the student, without CLIP
+tclip report runs/photos                                 write report.html again, of any run
+tclip export runs/photos/model.pt                        as model.onnx and model.safetensors
+"""
+
+import argparse
+import os
+import pickle
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import tclip
+from tclip import UserError, setting
+from tclip_app import images, report, train
+
+
+@dataclass
+class Prediction:
+    """The settings of tclip predict."""
+
+    root: str = setting(None, "folder of images, or one image")
+    dataset: str = setting(None, "name for the results")
+    model: str = setting(None, "model.pt of a run")
+    out: str = setting(None, "folder of the results [runs/predict-IMAGES, or the next free one]")
+    device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    strict: bool = setting(False, "stop at the first file that is no readable image")
+    memory: float = setting(8.0, "gigabytes of pixels that are held in memory; more lie in a file", (0, 1e6))
+
+    __post_init__ = tclip.Config.__post_init__
+
+
+ONE_LINE = partial(argparse.RawTextHelpFormatter, max_help_position=42, width=160)  # for each setting
+
+
+def main(argv=None):
+    """The command line. UserError, a SystemExit: one line says what the user can mend."""
+    parser = argparse.ArgumentParser("tclip", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, help, usage):
+        return commands.add_parser(name, help=help, usage=f"tclip {name} {usage}", formatter_class=ONE_LINE)
+
+    begin = command("train", "train a student on a folder of images", "FOLDER [--setting value ...]")
+    begin.add_argument("root", nargs="?", default=argparse.SUPPRESS, metavar="FOLDER", help="of the unlabeled images")
+    begin.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
+    tclip.add_settings(begin.add_argument_group("images, classes, teacher"), train.OWN)
+    tclip.add_settings(begin.add_argument_group("method"), train.METHOD)
+    name = command("predict", "name images by a student", "FOLDER --model MODEL.pt [--setting value ...]")
+    name.add_argument("root", metavar="FOLDER", help="of images, or one image")
+    tclip.add_settings(name, fields(Prediction)[2:])
+    command("report", "write report.html of a run", "RUN").add_argument("run", help="folder of the results")
+    command("export", "write a student as ONNX and safetensors", "MODEL.pt").add_argument("model", help="of a run")
+
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if value == "":  # of a shell variable that is not set
+            raise UserError(f"{name.replace('root', 'FOLDER').replace('_', '-')} is empty")
+    actions = dict(train=train_command, predict=predict_command, report=report_command, export=export_command)
+    try:
+        actions[given.pop("command")](**given)
+    except KeyboardInterrupt:
+        raise UserError("stopped") from None
+
+
+def train_command(resume, **given):
+    config = train.resume(resume, given) if resume else train.begin(given)
+    config, summary = tclip.run(config, train.read, resumed=bool(resume))
+    if not summary:  # the first process speaks
+        return
+    page = report.write_report(config.out)
+    before, after = (summary[f"unlabeled_{who}_accuracy"] for who in ("teacher", "student"))
+    if before is None:
+        print(f"student and teacher agree on {summary['agreement']:.1%} of {summary['images']} images")
+    else:
+        print(f"of the images whose class is known are right: teacher {before:.1%}, student {after:.1%}")
+    print(f"{summary['seconds']:.0f} s on {summary['device']}; results in {config.out}, to look at: {page}")
+
+
+def predict_command(root, **given):
+    if "model" not in given:
+        raise UserError("tclip predict needs the model.pt of a run: --model runs/photos/model.pt")
+    path = Path(os.path.abspath(root))  # a link to an image is followed where it is what was named
+    config = Prediction(root=str(path), dataset=f"predict-{path.stem if path.is_file() else path.name}", **given)
+    images.find(path)
+    student, classes = load_student(config.model)
+    student.to(tclip.pick_device(config.device))
+    out = Path(tclip.claim_folder(config))
+    names, pixels, _ = images.read_folder(path, student.size, out, config.memory, config.strict)
+    rows = []
+    for name, shares, numbers in zip(names, *tclip.predict(student, pixels).topk(min(3, len(classes)))):
+        rows.append(dict(file=name))
+        for suffix, share, number in zip(("", "_2", "_3"), shares.tolist(), numbers.tolist()):
+            rows[-1] |= {f"label{suffix}": classes[number], f"confidence{suffix}": f"{share:.4f}"}
+    tclip.write_csv(out / "predictions.csv", rows)
+    print(f"wrote {out / 'predictions.csv'}")
+
+
+def report_command(run):
+    print(f"wrote {report.write_report(run)}")
+
+
+def export_command(model):
+    try:
+        from tclip_app import export
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] not in ("onnxscript", "onnx", "onnx_ir", "safetensors"):
+            raise
+        raise UserError(f'export needs {error.name}: pip install "tclip[export]"') from error
+    files = export.export_student(*load_student(model), Path(model))
+    print(f"wrote {' and '.join(map(str, files))}")
+
+
+def load_student(path):
+    """tclip.load_student(). UserError: it is no model.pt of a run."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)  # no code in it is run
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is cut off, or not the model.pt of a run: {str(error)[:80]}") from error
+    if not isinstance(model, dict) or model.keys() != {"arch", "size", "classes", "student"}:
+        raise UserError(f"{path} is not the model.pt of a run")
+    return tclip.load_student(path)

@@ -1,0 +1,43 @@
+"""A student for other programs: ONNX and safetensors. Needs pip install "tclip[export]"."""
+
+import json
+import warnings
+
+import onnxscript  # noqa: F401, torch.onnx needs it
+import safetensors.torch
+import torch
+from torch import nn
+
+import tclip
+
+
+class Exported(nn.Module):
+    """The student as others call it: pixels uint8 (B, 3, S, S) -> probs float32 (B, C)."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, pixels):
+        return self.student(pixels.float() / 255)[0].softmax(1)
+
+
+def export_student(student, classes, path):
+    """Write path.onnx and path.safetensors in place of the suffix of `path`, and return the two paths.
+
+    ONNX: pixels uint8 (B, 3, S, S) -> probs float32 (B, C), for any B. safetensors: the weights of the Student. Both
+    have arch, size and classes (as json) in their metadata. UserError: a file cannot be written.
+    """
+    about = dict(arch=student.arch, size=str(student.size), classes=json.dumps(classes))
+    example = torch.zeros(2, 3, student.size, student.size, dtype=torch.uint8)
+    with warnings.catch_warnings(action="ignore"):  # of no concern to who exports
+        program = torch.onnx.export(
+            Exported(student).eval(), (example,), dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},),
+            input_names=["pixels"], output_names=["probs"],
+        )  # fmt: skip
+    program.model.metadata_props.update(about)
+    onnx, tensors = path.with_suffix(".onnx"), path.with_suffix(".safetensors")
+    tclip.write_whole(onnx, lambda draft: draft.write(program.model_proto.SerializeToString()))
+    weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+    tclip.write_whole(tensors, lambda draft: draft.write(safetensors.torch.save(weights, about)))
+    return onnx, tensors

@@ -1,0 +1,126 @@
+"""A run on a folder of images: its settings, and what tclip.run() is given to read."""
+
+import atexit
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import tclip
+from tclip import UserError, setting
+from tclip_app import answers, images
+
+
+@dataclass
+class Settings(tclip.Config):
+    """The settings of a run on a folder of images, `root`; `dataset` is its name. Classes and prompts: one a line."""
+
+    classes: str = setting(None, "names of the classes: separated by commas, or a text file with one a line")
+    templates: str = setting(None, 'prompt with {} for the class, or a file of prompts ["a photo of a {}.", and "the"]')
+    pseudo_labels: str = setting(None, "another teacher's answers: .csv (file,label[,confidence]) or .npz, see README")
+    truth: str = setting(None, "csv file (file,label), or the word folders; for evaluation alone")
+    strict: bool = setting(False, "stop at the first file that is no readable image")
+    memory: float = setting(8.0, "gigabytes of pixels that are held in memory; more lie in a file", (0, 1e6))
+    size: int = setting(None, "side of the student's images, in pixels [32, 64, 96 or 128, by theirs]", (8, 1024))
+    out: str = setting(None, "folder of the results [runs/FOLDER, or the next free runs/FOLDER-2, ...]")
+
+
+ALL = {f.name: f for f in fields(Settings)}
+OWN = [ALL[name] for name in ("classes", "templates", "pseudo_labels", "truth", "size", "strict", "memory")]
+METHOD = [f for f in ALL.values() if f not in OWN and f.name not in ("dataset", "root")]
+PLACES = "root", "cache", "device", "memory", "pseudo_labels", "truth"  # that say where, not what
+
+
+def begin(given):
+    """The Settings of a new run, of those that are given; `root` is one. UserError: something does not fit."""
+    given = absolute(given)
+    if "root" not in given:
+        raise UserError("tclip train needs a folder of images, or --resume RUN")
+    root = Path(given["root"])
+    images.find(root)
+    classes = answers.listed(given["classes"], ",") if "classes" in given else None
+    if "pseudo_labels" in given:
+        classes = answers.read_pseudo_labels(given["pseudo_labels"], classes)[1]
+    if not classes:
+        raise UserError('tclip train needs the names of the classes: --classes "cat,dog"')
+    answers.class_numbers([], classes, "--classes")
+    prompts = answers.listed(given["templates"]) if "templates" in given else ["a photo of a {}.", "a photo of the {}."]
+    if not all("{}" in prompt for prompt in prompts):
+        raise UserError('--templates: each needs {} for the class name, as "a photo of a {}."')
+    if Path(given.get("out", "runs")).resolve().is_relative_to(root):
+        raise UserError(f"the results would lie among the images in {root}: choose another --out")
+    given |= dict(dataset=root.stem if root.is_file() else root.name)
+    given |= dict(classes="\n".join(classes), templates="\n".join(prompts))
+    return Settings(**dict(size=given.get("size") or images.usual_size(root)) | given)
+
+
+def resume(run, given):
+    """The Settings of the run in that folder, which goes on; where things lie may be given anew."""
+    return tclip.resume(Settings, run, absolute(given), PLACES)
+
+
+def absolute(given):
+    """The settings with whole paths: a run can go on from another folder."""
+    paths = {
+        name: given[name] for name in ("root", "pseudo_labels", "truth") if given.get(name) not in (None, "folders")
+    }
+    return given | {name: os.path.abspath(path) for name, path in paths.items()}
+
+
+def read(config):
+    """What tclip.run() trains on: (Images, None, class names). The first process reads, the others take it over."""
+    out, classes = Path(config.out), config.classes.split("\n")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world > 1 and dist.get_rank() > 0:
+        return taken_over(config), None, classes
+    if config.pseudo_labels:
+        features, said = None, answers.read_pseudo_labels(config.pseudo_labels, classes)
+    else:
+        clip = tclip.Clip(config.clip, tclip.pick_device(config.device))
+        prompts = tclip.text_classifier(clip.encode_texts, classes, config.templates.split("\n"))  # (C, D)
+        features = images.KeptFeatures(clip, images.features_file(config.cache, config.dataset, clip.name))
+    how = dict(memory=config.memory, strict=config.strict, as_file=world > 1)
+    names, pixels, rows = images.read_folder(config.root, config.size, out, features=features, **how)
+    same_images(config, names)
+    if config.pseudo_labels:
+        probs, rows = answers.match(names, said[0], said[2], said[3])
+    else:
+        probs = tclip.zero_shot_probs(rows, prompts, clip.temperature)
+    truth = answers.read_truth(config.truth, names, classes)
+    if world > 1:
+        shared, tables = (
+            out / "shared.npz",
+            dict(probs=probs, truth=truth) | (dict() if rows is None else dict(features=rows)),
+        )
+        atexit.register(shared.unlink, missing_ok=True)
+        tclip.write_whole(shared, lambda draft: np.savez(draft, **tables))
+    return tclip.Images(names, pixels, truth, probs, rows), None, classes
+
+
+def same_images(config, names):
+    """Note the images, and where they lie, in the run's folder. UserError: it began with other ones."""
+    file = Path(config.out, "images.json")
+    if file.exists():
+        before, now = set(json.loads(file.read_text(encoding="utf-8"))), set(names)
+        for others, what in ((before - now, "are gone or unreadable"), (now - before, "are new")):
+            if others:
+                raise UserError(
+                    f"{config.out} began with other images than {config.root} holds: {len(others)} {what}, such as "
+                    f"{min(others)}. Begin a new run, or give the folder: tclip train FOLDER --resume {config.out}"
+                )
+    tclip.write_whole(file, partial(json.dump, names), "w")
+    tclip.write_whole(file.with_name("config.json"), partial(json.dump, asdict(config), indent=1), "w")
+
+
+def taken_over(config):
+    """The Images that the first process has read."""
+    out = Path(config.out)
+    names = json.loads((out / "images.json").read_text(encoding="utf-8"))
+    with np.load(out / "shared.npz", allow_pickle=False) as tables:
+        tables = {name: torch.from_numpy(table) for name, table in tables.items()}
+    return tclip.Images(names, images.map_pixels(out, (len(names), 3, config.size, config.size)), **tables)

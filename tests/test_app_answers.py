@@ -1,0 +1,162 @@
+"""Other teachers' answers, the truth, class names and prompts: matched by name, and every mistake told in one line."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import NAMES, Bomb, rows_of
+
+import tclip
+from tclip import UserError
+from tclip_app.answers import listed, match, read_csv, read_labels, read_npz, read_pseudo_labels, read_truth
+
+
+def test_names_come_back(tmp_path):
+    """What tclip writes as csv is read again to the letter, and no cell of it is a formula for a spreadsheet."""
+    rows = [dict(file=name, label=f"={name}") for name in NAMES]
+    tclip.write_csv(tmp_path / "labels.csv", rows)
+    assert read_csv(tmp_path / "labels.csv") == rows
+    assert {name: label for name, (label, _) in read_labels(tmp_path / "labels.csv").items()} == {
+        name: f"={name}" for name in NAMES
+    }
+    cells = [cell for row in rows_of(tmp_path / "labels.csv") for cell in row.values()]
+    assert not [cell for cell in cells if cell[0] in "=+-@\t\r"]
+
+
+def test_csv_of_a_spreadsheet(tmp_path):
+    """A mark in front, other columns, another order and empty confidences are no obstacle."""
+    (tmp_path / "a.csv").write_bytes(
+        "\ufefflabel,who,file,confidence\ncat,me,1.png,,too many\ndog,,2.png,0.25\n".encode()
+    )
+    assert read_labels(tmp_path / "a.csv") == {"1.png": ("cat", 1.0), "2.png": ("dog", 0.25)}
+
+
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        (b"", "first line"), (b"file,label\n", "rows"), (b"name,label\na,b\n", "file,label"),
+        (b"file,label\na,b\na,c\n", "a twice"), (b"file,label\na,\n", "row 1"), (b"file,label\na\n", "row 1"),
+        *((f"file,label,confidence\na,b,{wrong}\n".encode(), "confidence of a") for wrong in ("1.5", "-1", "nan", "x")),
+        (b"file,label\n\xff\xfe,b\n", "cannot read"), (b"PK\3\4\0\0", "first line|cannot read"), (None, "cannot read"),
+    ],
+)  # fmt: skip
+def test_wrong_csv(content, word, tmp_path):
+    if content is not None:
+        (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.csv.*({word})|({word}).*a.csv"):
+        read_labels(tmp_path / "a.csv")
+
+
+def test_pseudo_labels_of_csv(tmp_path):
+    """What a confidence lacks to 1 goes to the other classes, evenly; a label stays the likeliest class. The columns
+    are in the order of the given classes, however these are spelt."""
+    (tmp_path / "a.csv").write_text("file,label,confidence\n1,Dog,0.7\n2,cat,\n3,old_cow,0\n")
+    files, classes, probs, features = read_pseudo_labels(tmp_path / "a.csv", ["cat", "dog", "Old cow"])
+    assert files == ["1", "2", "3"] and classes == ["cat", "dog", "Old cow"] and features is None
+    torch.testing.assert_close(probs, torch.tensor([[0.15, 0.7, 0.15], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3]]))
+    assert read_pseudo_labels(tmp_path / "a.csv")[1] == ["Dog", "cat", "old_cow"]
+    with pytest.raises(UserError, match="'old_cow' is not among the classes"):
+        read_pseudo_labels(tmp_path / "a.csv", ["cat", "dog"])
+
+
+def arrays(n=5):
+    """The arrays of an npz file of a teacher of three classes."""
+    rng = np.random.default_rng(0)
+    return dict(
+        files=np.array([f"{i}.png" for i in range(n)]), classes=np.array(["a", "b", "c"]),
+        probs=rng.random((n, 3)), features=rng.normal(size=(n, 4)),
+    )  # fmt: skip
+
+
+def test_pseudo_labels_of_npz(tmp_path):
+    """Probabilities are made to sum to 1, features to unit length, and columns follow the given classes."""
+    given = arrays()
+    np.savez(tmp_path / "a.npz", **given)
+    files, classes, probs, features = read_pseudo_labels(tmp_path / "a.npz", ["c", "a", "b"])
+    assert files == given["files"].tolist() and classes == ["c", "a", "b"]
+    expected = given["probs"] / given["probs"].sum(1, keepdims=True)
+    np.testing.assert_allclose(probs, expected[:, [2, 0, 1]], rtol=1e-5)
+    unit = given["features"] / np.linalg.norm(given["features"], axis=1, keepdims=True)
+    np.testing.assert_allclose(features, unit, rtol=1e-5)
+    assert probs.dtype == features.dtype == torch.float32
+    del given["features"]
+    np.savez(tmp_path / "a.npz", **given)
+    assert read_npz(tmp_path / "a.npz")[3] is None
+    for wrong in (["a", "b"], ["a", "b", "d"], ["a", "b", "c", "d"]):
+        with pytest.raises(UserError, match="a.npz"):
+            read_pseudo_labels(tmp_path / "a.npz", wrong)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(probs=np.ones((4, 3))), "probs are"), (dict(probs=np.ones((5, 2))), "probs are"),
+        (dict(probs=np.ones(5)), "probs are"), (dict(probs=np.full((5, 3), np.nan)), "probs are"),
+        (dict(probs=-np.ones((5, 3))), "below zero"), (dict(probs=np.zeros((5, 3))), "all zero"),
+        (dict(probs=np.full((5, 3), "1")), "probs are"), (dict(probs=None), "no probs"),
+        (dict(features=np.ones((4, 3))), "features are"), (dict(features=np.full((5, 3), np.inf)), "features are"),
+        (dict(files=np.array(["x"] * 5)), "x twice"), (dict(files=np.arange(5)), "lists of strings"),
+        (dict(classes=np.arange(3)), "lists of strings"), (dict(files=None), "no files"),
+    ],
+)  # fmt: skip
+def test_wrong_npz(change, word, tmp_path):
+    np.savez(tmp_path / "a.npz", **{k: v for k, v in (arrays() | change).items() if v is not None})
+    with pytest.raises(UserError, match=f"a.npz.*{word}"):
+        read_npz(tmp_path / "a.npz")
+
+
+def test_npz_is_not_unpickled(tmp_path):
+    """Code in an npz file, or in what calls itself one, is not run; one that is cut off is told."""
+    bomb = Bomb(tmp_path / "exploded")
+    np.savez(tmp_path / "bomb.npz", **arrays() | dict(classes=np.array([bomb] * 3)))
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(bomb))
+    np.savez(tmp_path / "whole.npz", **arrays())
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for i, share in enumerate((0, 0.1, 0.5, 0.99)):
+        (tmp_path / f"cut{i}.npz").write_bytes(whole[: int(share * len(whole))])
+    for name in ("bomb", "pickle", "cut0", "cut1", "cut2", "cut3", "none"):
+        with pytest.raises(UserError, match=f"{name}.npz"):
+            read_npz(tmp_path / f"{name}.npz")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_match(capsys):
+    """By name, in the order of the images. Images without an answer start undecided, and are told, as are answers to
+    other files; where no name fits it is an error."""
+    probs, features = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]), torch.eye(3)
+    mine, rows = match(["c", "x", "a"], ["a", "b", "c"], probs, features)
+    assert torch.equal(mine, torch.stack([probs[2], torch.tensor([0.5, 0.5]), probs[0]]))
+    assert torch.equal(rows, torch.stack([features[2], torch.zeros(3), features[0]]))
+    told = capsys.readouterr().err
+    assert "1 of 3 images have no pseudo-label, such as x" in told and "1 pseudo-labels are of other files" in told
+    assert match(["a"], ["a"], probs[:1])[1] is None and not capsys.readouterr().err
+    with pytest.raises(UserError, match="none of the 1 images.*z is not like a"):
+        match(["z"], ["a"], probs[:1])
+
+
+def test_truth(tmp_path, capsys):
+    """From a csv file or from the folders' names, -1 where unknown, which is told; nothing known is an error."""
+    (tmp_path / "t.csv").write_text("file,label\nb.png,Dog\na.png,cat\nelsewhere.png,cat\n")
+    assert read_truth(str(tmp_path / "t.csv"), ["a.png", "b.png", "c.png"], ["cat", "dog"]).tolist() == [0, 1, -1]
+    assert "knows 2 of 3 files" in capsys.readouterr().err
+    names = ["x/cat/1.png", "sea_lake/cat.png", "cat/dog/2.png", "3.png"]
+    assert read_truth("folders", names, ["cat", "Sea Lake"]).tolist() == [0, 1, -1, -1]
+    assert read_truth(None, names, ["cat", "dog"]).tolist() == [-1] * 4
+    for truth in ("folders", str(tmp_path / "t.csv")):
+        with pytest.raises(UserError, match="tells nothing of the 1 files"):
+            read_truth(truth, ["other.png"], ["cat", "dog"])
+    with pytest.raises(UserError, match="'Dog' is not among the classes"):
+        read_truth(str(tmp_path / "t.csv"), ["a.png"], ["cat", "cow"])
+
+
+def test_listed(tmp_path):
+    """A list between commas, or a file with one a line; blank lines and spaces around do not count."""
+    (tmp_path / "c.txt").write_text("\ufeffcat, tame\n\n  dog \r\n", encoding="utf-8")
+    assert listed(str(tmp_path / "c.txt"), ",") == ["cat, tame", "dog"]
+    assert listed(" cat,dog ,, cow", ",") == ["cat", "dog", "cow"]
+    assert listed("a photo of a {}, maybe") == ["a photo of a {}, maybe"]
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for value in (",", "", "cat,cat", str(tmp_path / "latin.txt")):
+        with pytest.raises(UserError):
+            listed(value, ",")

@@ -1,0 +1,271 @@
+"""The command `tclip` from end to end: runs on folders of images, how they go on, and how mistakes are answered."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+
+import numpy as np
+import pytest
+import torch
+from conftest import coloured, rows_of
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import tclip
+from tclip_app.cli import main
+
+DIGITS = tclip.DATASETS["digits"]["classes"]
+COLOURS = ["red", "green", "blue"]
+FILES = {"config.json", "images.json", "skipped.csv", "checkpoint.pt", "metrics.csv", "labels.csv", "model.pt"}
+FILES |= {"summary.json", "noise.png", "report.html"}
+EPOCHS = 4
+
+
+def call(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Arguments of a small run with everything in it: images, one of them unreadable, pseudo-labels, and truth."""
+    root, (pixels, probs, _) = tmp_path_factory.mktemp("given"), coloured(60, size=12)
+    (root / "photos").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "photos" / f"{i:02d}.png")
+    (root / "photos" / "broken.png").write_bytes(b"broken")
+    names = [f"{i:02d}.png" for i in range(60)]
+    said = [(COLOURS[c], p) for p, c in zip(*(x.tolist() for x in probs.max(1)))]
+    rows = [dict(file=name, label=label, confidence=p) for name, (label, p) in zip(names, said)]
+    tclip.write_csv(root / "teacher.csv", rows)
+    tclip.write_csv(root / "truth.csv", [dict(file=name, label=COLOURS[i % 3]) for i, name in enumerate(names)])
+    arguments = [root / "photos", "--pseudo-labels", root / "teacher.csv", "--classes", ",".join(COLOURS)]
+    arguments += ["--truth", root / "truth.csv", "--size", 8, "--arch", "resnet8", "--epochs", EPOCHS]
+    return ["train", *arguments, "--batch-size", 16, "--label-neighbours", 5, "--device", "cpu", "--views", "writing"]
+
+
+@pytest.fixture(scope="module")
+def whole(given, tmp_path_factory):
+    """The folder of that run, never interrupted."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    call(*given, "--out", run)
+    return run
+
+
+def same_results(run, whole):
+    """Student and labels are bit for bit those of the uninterrupted run, and nothing is left over."""
+    assert {file.name for file in run.iterdir()} == FILES
+    for name in ("labels.csv", "skipped.csv", "images.json"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    mine, theirs = (torch.load(folder / "model.pt", weights_only=True)["student"] for folder in (run, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_digits_named_by_clip(tmp_path, monkeypatch, capsys):
+    """The offline CLIP names digits in files: labels, truth, report; CLIP sees an image once; the student names other
+    images; and labels.csv and predictions.csv are teachers themselves."""
+    monkeypatch.chdir(tmp_path)
+    digits = load_digits()
+    os.mkdir("photos")
+    for i in range(80):
+        name, gray = f"{DIGITS[digits.target[i]]}/={i}.png", (digits.images[i] * 255 / 16).astype(np.uint8)
+        (tmp_path / "photos" / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(gray).save(tmp_path / "photos" / name)
+    (tmp_path / "classes.txt").write_text("\n".join(DIGITS))
+    small = ["--size", 8, "--arch", "resnet8", "--epochs", 1, "--device", "cpu", "--views", "writing"]
+    arguments = ["train", "photos", "--classes", "classes.txt", "--clip", "offline", "--cache", "cache", *small]
+    arguments += ["--templates", "a photo of the digit {}.", "--truth", "folders"]
+    call(*arguments)
+    assert {file.name for file in (tmp_path / "runs/photos").iterdir()} == FILES - {"skipped.csv"}
+    rows, summary = rows_of("runs/photos/labels.csv"), json.loads((tmp_path / "runs/photos/summary.json").read_text())
+    assert len(rows) == 80 and all(row["truth"] == row["file"].split("/")[0] for row in rows)
+    right = np.mean([row["teacher_label"] == row["truth"] for row in rows])
+    assert right == pytest.approx(summary["unlabeled_teacher_accuracy"]) and right > 0.5
+    assert f"teacher {right:.1%}" in capsys.readouterr().out
+
+    seen, encode = [], tclip.Clip.encode_images
+    monkeypatch.setattr(tclip.Clip, "encode_images", lambda clip, x: seen.append(len(x)) or encode(clip, x))
+    call(*arguments)
+    assert sum(seen) == 4 and rows_of("runs/photos-2/labels.csv") == rows  # the four tell whether it is the same CLIP
+    call("predict", "photos", "--model", "runs/photos/model.pt")
+    for i, file in enumerate(("runs/photos/labels.csv", "runs/predict-photos/predictions.csv")):
+        call("train", "photos", "--pseudo-labels", file, "--classes", "classes.txt", "--out", f"fed{i}", *small)
+        said = {row["file"]: row["teacher_label"] for row in rows_of(f"fed{i}/labels.csv")}
+        assert said == {row["file"]: row["label"] for row in rows_of(file)} and len(said) == 80
+
+
+def test_predictions(whole, given, tmp_path, monkeypatch, nursery):
+    """Without any CLIP: the three likeliest classes, best first, are those of the student's own arithmetic. Of a single
+    image, too, into the next free folder."""
+    code = "import sys; sys.modules.update(clip=None, open_clip=None)"  # import them: an error
+    child = nursery.tclip("predict", given[1], "--model", whole / "model.pt", cwd=tmp_path, before=code)
+    assert child.wait() == 0 and "1 of 61 files" in child.output, child.output
+    rows = rows_of(tmp_path / "runs/predict-photos/predictions.csv")
+    assert list(rows[0]) == ["file", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3"]
+    student, classes = tclip.load_student(whole / "model.pt")
+    pixels = torch.stack([tclip.square(Image.open(given[1] / row["file"]), 8) for row in rows])
+    for row, probs in zip(rows, student(pixels.float() / 255)[0].softmax(1)):
+        order = probs.argsort(descending=True).tolist()
+        assert [row[f"label{suffix}"] for suffix in ("", "_2", "_3")] == [classes[c] for c in order]
+        assert float(row["confidence"]) == pytest.approx(probs.max().item(), abs=1e-4)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("predict-05", "predict-05-2"):
+        call("predict", given[1] / "05.png", "--model", whole / "model.pt", "--device", "cpu")
+        assert rows_of(tmp_path / "runs" / folder / "predictions.csv") == [
+            row for row in rows if row["file"] == "05.png"
+        ]
+
+
+CUT = """
+import os, signal
+replace, count = os.replace, 0
+def cut(draft, path):
+    global count
+    count += os.path.basename(path) == "{name}"
+    if count < {nth}:
+        return replace(draft, path)
+    os.truncate(draft, os.path.getsize(draft) // 2)  # of the draft, half had reached the disk
+    os.kill(os.getpid(), signal.{signal})
+os.replace = cut
+"""
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+SLOW = "import time; work = {0}\n{0} = lambda *a, **k: print('begun', flush=True) or time.sleep(.2) or work(*a, **k)"
+
+
+@pytest.mark.parametrize(
+    "before, interrupt",
+    [(CUT.format(name=name, nth=nth, signal="SIGKILL"), False) for name, nth in
+     [("images.json", 1), ("checkpoint.pt", 1), ("checkpoint.pt", 3), ("labels.csv", 1), ("model.pt", 1)]]
+    + [(CUT.format(name="metrics.csv", nth=2, signal="SIGINT"), False)]
+    + [(FULL.format(limit), False) for limit in (900, 100_000)]
+    + [(SLOW.format(name), True) for name in ("tclip_app.images.read_image", "tclip.augment")],
+    ids=lambda value: re.sub(r"\W+", " ", str(value))[:60],
+)  # fmt: skip
+def test_goes_on(before, interrupt, given, whole, nursery, tmp_path):
+    """After a power cut, Ctrl-C or a full disk, at whatever file: nothing half-written looks whole, one line tells how
+    to go on, and the run ends as if it had never stopped."""
+    child = nursery.tclip(*given, "--out", "run", cwd=tmp_path, before=before)
+    if interrupt:
+        child.wait_until(lambda: "begun" in child.output)
+        child.send(signal.SIGINT)
+    assert child.wait() in (1, -signal.SIGKILL), child.output
+    assert "Traceback" not in child.output
+    assert child.code != 1 or "--resume run" in child.output or "cannot write" in child.output, child.output
+    for file in (tmp_path / "run").glob("*.json"):
+        json.loads(file.read_text())
+    child = nursery.tclip("train", "--resume", "run", cwd=tmp_path)
+    assert child.wait() == 0, child.output
+    same_results(tmp_path / "run", whole)
+
+
+def test_moved(given, whole, tmp_path, monkeypatch):
+    """Images, run and truth may lie elsewhere when a run goes on; its report then finds them there."""
+    monkeypatch.chdir(tmp_path)
+    for path in (given[1], given[7], given[3]):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / f"moved {path.name}")
+    shutil.copytree(whole, "elsewhere")
+    config = json.loads((whole / "config.json").read_text())
+    for name in ("root", "truth", "pseudo_labels"):
+        config[name] = "/gone"
+    (tmp_path / "elsewhere/config.json").write_text(json.dumps(config))
+    os.remove("elsewhere/labels.csv")
+    with pytest.raises(tclip.UserError, match="gone"):
+        call("train", "--resume", "elsewhere")
+    places = ("--truth", "moved truth.csv", "--pseudo-labels", "moved teacher.csv", "--device", "auto")
+    call("train", "moved photos", "--resume", "elsewhere", *places)
+    same_results(tmp_path / "elsewhere", whole)
+    assert json.loads((tmp_path / "elsewhere/config.json").read_text())["root"] == str(tmp_path / "moved photos")
+    os.remove("elsewhere/report.html")
+    call("report", "elsewhere")
+    assert (tmp_path / "elsewhere/report.html").read_text().count("<img") > 24
+
+
+@pytest.mark.parametrize("change, word", [("new", "1 are new, such as 00 new.png"), ("gone", "1 are gone .*07.png")])
+def test_other_images(change, word, given, whole, tmp_path):
+    """A run goes on with the images that it began with, and with no others."""
+    photos, run = shutil.copytree(given[1], tmp_path / "photos"), shutil.copytree(whole, tmp_path / "run")
+    shutil.copy(photos / "00.png", photos / "00 new.png") if change == "new" else (photos / "07.png").unlink()
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    with pytest.raises(tclip.UserError, match=word):
+        call("train", photos, "--resume", run)
+    assert before == {file.name: file.read_bytes() for file in run.iterdir()}
+
+
+def test_pixels_in_a_file(given, whole, nursery, tmp_path):
+    """--memory 0 keeps the pixels in a file, which is gone in the end, and gives the same student to the bit."""
+    spy = "import tclip_app.images as i; m = i.map_pixels; i.map_pixels = lambda *a: print('mapped') or m(*a)"
+    child = nursery.tclip(*given, "--memory", 0, "--out", "run", cwd=tmp_path, before=spy)
+    assert child.wait() == 0 and "mapped" in child.output, child.output
+    same_results(tmp_path / "run", whole)
+
+
+def test_two_processes(given, nursery, tmp_path):
+    """As torchrun starts them: the first reads the images, the other takes them over, one writes the results."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    code = "import os; os.environ.update(RANK='{0}', LOCAL_RANK='{0}', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', "
+    code += f"MASTER_PORT='{port}', TORCHELASTIC_RUN_ID='x'); import tclip_app.images as i\n"
+    code += "r = i.read_image; i.read_image = lambda *a: print('read by {0}') or r(*a)"
+    children = [nursery.tclip(*given, cwd=tmp_path, before=code.format(rank)) for rank in (0, 1)]
+    assert [child.wait() for child in children] == [0, 0], children[0].output + children[1].output
+    assert "read by 0" in children[0].output and "read by 1" not in children[1].output
+    assert "results in" in children[0].output and "results in" not in children[1].output
+    assert {file.name for file in (tmp_path / "runs/photos").iterdir()} == FILES
+    assert os.listdir(tmp_path / "runs") == ["photos"]
+
+
+def test_two_runs_at_once(given, nursery, tmp_path):
+    """Two runs that are started together get a folder each."""
+    children = [nursery.tclip(*given, cwd=tmp_path) for _ in range(2)]
+    assert [child.wait() for child in children] == [0, 0]
+    assert sorted(os.listdir(tmp_path / "runs")) == ["photos", "photos-2"]
+
+
+def test_bugs_keep_their_traceback(given, nursery, tmp_path):
+    """An error that nobody foresaw is no advice to the user: it is shown where it happened."""
+    for name in ("tclip_app.images.tclip.square", "tclip_app.answers.match", "tclip_app.report.headline"):
+        bug = f"def bug(*a, **k): raise KeyError('a bug')\n{name} = bug"
+        child = nursery.tclip(*given, "--out", name, cwd=tmp_path, before=bug)
+        assert child.wait() == 1 and re.search("Traceback.*KeyError: 'a bug'", child.output, re.S), child.output
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ("train", "needs a folder"), ("train photos", "names of the classes"), ("train photos --classes a", "two cl"),
+        ("train photos --classes a,A", "two classes"), ("train photos --classes a,b --templates x", "--templates"),
+        ("train none --classes a,b", "no such folder"), ("train photos --classes a,b --size 4", "--size 4"),
+        ("train . --classes a,b", "among the images"), ("train photos --classes a,b --out photos/x", "among the"),
+        ("train photos --pseudo-labels no.csv", "no.csv"), ("train photos --classes a,b --arch x", "--arch x"),
+        ("train photos --classes a,b --clip offline", "digits only"), ("train photos --resume none", "config.json"),
+        ("train --resume none --epochs 3", "--epochs"), ("predict photos", "--model"), ("report photos", "no config"),
+        ("predict none --model m.pt", "none: there is no"), ("predict photos --model m.pt", "m.pt"),
+        ("export m.pt", "m.pt: there is no"), ("report none", "none"), ("predict photos --model m.pt --device x", "x:"),
+        ("train  --classes a,b", "FOLDER is empty"), ("train photos --resume ", "resume is empty"),
+        ("train texts --pseudo-labels a.csv --arch resnet8", "none of 1 files"), ("train empty --classes a,b", "no f"),
+    ],
+)  # fmt: skip
+def test_mistakes(arguments, word, tmp_path, monkeypatch):
+    """Each is answered by one line that says what to mend."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "texts", "empty"):
+        os.mkdir(name)
+    Image.new("RGB", (9, 9)).save("photos/1.png")
+    (tmp_path / "texts/1.png").write_text("text")
+    (tmp_path / "a.csv").write_text("file,label\n1.png,a\n2.png,b\n")
+    with pytest.raises(tclip.UserError, match=word) as error:
+        call(*arguments.split(" "))
+    assert str(error.value).startswith("tclip: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["", "train", "predict", "report", "export"])
+def test_help(command, capsys):
+    """--help fits a screen, and explains all settings of the method, too."""
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"] if command else ["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and len(text.splitlines()) <= 45 and max(map(len, text.splitlines())) < 140
+    names = set(tclip.Config.__dataclass_fields__) - {"dataset", "root"} if command == "train" else ()
+    assert all(f"--{name.replace('_', '-')} " in text for name in names)

@@ -1,0 +1,300 @@
+"""The benchmark's suites, on tiny files laid out as the real ones; its command; and the labels of WHU-RS19."""
+
+import csv
+import io
+import math
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, coloured, rows_of, settings
+from PIL import Image
+
+import tclip
+
+sys.path.insert(0, str(ROOT / "tutorials/benchmark"))
+import annotator  # noqa: E402
+import run  # noqa: E402
+import suites  # noqa: E402
+import whurs19  # noqa: E402
+
+CIFAR10 = tclip.DATASETS["cifar10"]["classes"]
+FOLDERS = sorted(annotator.BENT)
+
+
+def jpeg(value):
+    """The bytes of a gray JPEG file, 32 px."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (value,) * 3).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """CIFAR-10 of 30 + 20 images, image i as gray as 4 i, and answers; EuroSAT of 6 images a class, and GPT-4V's."""
+    root, rng = tmp_path_factory.mktemp("root"), np.random.default_rng(0)
+    truth = "file,label\n" + "".join(f"{i:05d}.jpg,{CIFAR10[i % 10]}\n" for i in range(30))
+    files = {f"cifar10/unlabeled/{i:05d}.jpg": jpeg(4 * i) for i in rng.permutation(30)}
+    files |= {f"cifar10/test/{CIFAR10[i % 10]}/{i:05d}.jpg": jpeg(4 * i) for i in range(20)}
+    with tarfile.open(root / "cifar10.tar.xz", "w:xz") as archive:
+        for name, content in (files | {"cifar10/truth.csv": truth.encode()}).items():
+            item = tarfile.TarInfo(name)
+            item.size = len(content)
+            archive.addfile(item, io.BytesIO(content))
+    order, back = rng.permutation(30), CIFAR10[::-1]  # answers in another order of images and of classes
+    votes = np.stack([np.where(np.arange(10) < 7, 9 - i % 10, 9 - (i + 1) % 10) for i in order])  # 7 of 10 are right
+    saved = dict(files=np.array([f"{i:05d}.jpg" for i in order]), classes=np.array(back))
+    np.savez(root / "cifar10_clip_vitl14_votes.npz", votes=votes.astype(np.uint8), **saved)
+    np.savez(root / "cifar10_annotator.npz", probs=np.eye(10, dtype=np.float16)[[9 - i % 10 for i in order]], **saved)
+    logits = 50 * np.eye(10, dtype=np.float32)[np.arange(20) % 10]
+    saved = dict(files=np.array([f"test/{CIFAR10[i % 10]}/{i:05d}.jpg" for i in range(20)]), classes=np.array(CIFAR10))
+    np.savez(root / "cifar10_clip_vitb32_logits.npz", logits=logits, logits_french=logits[::-1], **saved)
+
+    with zipfile.ZipFile(root / "eurosat.zip", "w") as archive:
+        for folder in FOLDERS:
+            for i in range(6):
+                archive.writestr(f"somewhere/2750/{folder}/{folder}_{i}.jpg", jpeg(40 * i))
+    ranks = [[folder, FOLDERS[0], FOLDERS[1]] if folder > FOLDERS[1] else ["", "", ""] for folder in FOLDERS]
+    with open(root / "eurosat_gpt4v.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", *(f"rank{i}" for i in range(1, 6))])
+        writer.writerows([f"{f}/{f}_{i}.jpg", *r, "", ""] for i in range(4) for f, r in zip(FOLDERS, ranks))
+    return root
+
+
+def task(root, name, count=None, **changes):
+    config = tclip.Config(root=str(root), **suites.SUITES[name].settings | changes)
+    return suites.SUITES[name].load(config, count)
+
+
+@pytest.mark.parametrize("name, sure", [("cifar10-votes", 0.7), ("cifar10-annotator", 1)])
+def test_cifar10_training_images(root, name, sure):
+    """Pixels, truth and answers of an image lie together, whatever the order in the files; test images are held out."""
+    for count in (None, 12):
+        images = (t := task(root, name, count)).unlabeled
+        number = torch.tensor([int(n[:5]) for n in images.names])
+        assert len(number) == (count or 30) and (number.diff() > 0).all()
+        assert (images.pixels.float().mean((1, 2, 3)) - 4 * number).abs().max() < 3
+        assert torch.equal(images.truth, number % 10) and torch.equal(images.probs.argmax(1), number % 10)
+        torch.testing.assert_close(images.probs.amax(1), torch.full((len(number),), float(sure)))
+        assert torch.equal(t.heldout.truth, torch.arange(20) % 10) and t.heldout.probs is None
+
+
+def test_cifar10_clip(root):
+    """The test images are the unlabeled ones, training images held out; French answers are read where asked for."""
+    t = task(root, "cifar10-clip")
+    assert torch.equal(t.unlabeled.truth, torch.arange(20) % 10) and len(t.heldout.names) == 30
+    assert torch.equal(t.unlabeled.probs.argmax(1), t.unlabeled.truth)
+    assert torch.equal(task(root, "cifar10-clip-french").unlabeled.probs.argmax(1), 9 - t.unlabeled.truth)
+
+
+def test_eurosat_gpt4v(root):
+    """Images that were named, with ranks as probabilities; a refusal is undecided; the others are held out."""
+    t = task(root, "eurosat-gpt4v")
+    assert len(t.unlabeled.names) == 40 and len(t.heldout.names) == 20
+    assert not set(t.unlabeled.names) & set(t.heldout.names)
+    for name, truth, probs in zip(t.unlabeled.names, t.unlabeled.truth, t.unlabeled.probs):
+        folder, expected = name.split("/")[0], [0.1] * 10
+        if folder > FOLDERS[1]:  # ranked: its own folder, the first and the second; 0.1 is left for all
+            expected = [0.01] * 10
+            for weight, said in zip((0.6, 0.2, 0.1), (folder, *FOLDERS[:2])):
+                expected[FOLDERS.index(said)] += weight
+        assert FOLDERS[truth] == folder
+        torch.testing.assert_close(probs, torch.tensor(expected))
+
+
+def test_decoded_once(root, monkeypatch):
+    """The second time the archive is not opened, and the pixels are the same."""
+    first = suites.decode(root / "eurosat.zip", 8)
+    monkeypatch.setattr(suites, "members", lambda path: pytest.fail("decoded again"))
+    again = suites.decode(root / "eurosat.zip", 8)
+    assert again[0] == first[0] and torch.equal(again[1], first[1]) and first[1].shape == (60, 3, 8, 8)
+
+
+def test_missing(tmp_path):
+    """What is missing is named, with the public place where it is and its layout."""
+    for name in suites.SUITES.keys() - {"digits", "digits-10to1", "mnist"}:
+        with pytest.raises(tclip.UserError, match=r"missing: .*(github\.com|zenodo\.org)"):
+            task(tmp_path, name)
+
+
+def test_long_tailed():
+    """The largest class keeps all, the smallest one in ten, the ratio of two neighbours is the same; seeds differ."""
+    truth = torch.arange(10).repeat(1000)
+    kept = [suites.long_tailed(truth, 10, seed) for seed in (1, 1, 2)]
+    sizes = truth[kept[0]].bincount().sort(descending=True).values.tolist()
+    assert sizes == [round(1000 * 10 ** (-i / 9)) for i in range(10)]
+    assert torch.equal(kept[0], kept[1]) and len(kept[0].unique()) == len(kept[0])
+    assert truth[kept[0]].bincount().tolist() != truth[kept[2]].bincount().tolist()
+
+
+def test_digits(monkeypatch):
+    """Digits have CLIP's answers and features; with classes 10 : 1 each seed has other images, and both keep step."""
+    read = tclip.read_dataset(tclip.Config(dataset="digits", **suites.WRITING))
+    monkeypatch.setattr(tclip, "read_dataset", lambda config: read)  # once: it takes seconds
+    t, whole = task("", "digits", 50), read[0]
+    assert len(t.unlabeled.names) == 50 and t.unlabeled.features.shape[0] == 50 and t.heldout.probs is not None
+    drawn = [task("", "digits-10to1", seed=seed).unlabeled for seed in (0, 1)]
+    assert drawn[0].names != drawn[1].names
+    rows = {run.settings_of(settings(), task("", "digits-10to1", seed=seed)) for seed in range(4)}
+    assert len(rows) == 1  # all seeds count together
+    for images in (t.unlabeled, *drawn):
+        rows = torch.tensor([whole.names.index(name) for name in images.names])
+        for field in ("pixels", "truth", "probs", "features"):
+            assert torch.equal(getattr(images, field), getattr(whole, field)[rows])
+
+
+def test_mnist(monkeypatch):
+    """The margin of 4 pixels is cut off, for the student and for CLIP."""
+    inside, framed = Image.new("L", (20, 20), 0), Image.new("L", (28, 28), 255)
+    framed.paste(inside, (4, 4))
+    sources = dict(train=([(framed, 3)] * 5, list("abcde")), test=([(framed, 4)] * 3, list("abc")))
+    monkeypatch.setattr(tclip, "open_dataset", lambda name, root, split: sources[split])
+    t, clip = task("", "mnist", 2), tclip.Clip("offline")
+    assert t.unlabeled.truth.tolist() == [3, 3] and t.heldout.truth.tolist() == [4, 4, 4]
+    assert not t.unlabeled.pixels.any() and t.heldout.pixels.shape == (3, 3, 16, 16)
+    torch.testing.assert_close(t.unlabeled.features[:1], clip.encode_images(clip.prepare(inside)[None]))
+
+
+def test_annotator(tmp_path):
+    """It learns from no unlabeled or held-out image, is as sure as it is right, and is trained once."""
+    truth = torch.arange(400) % 10
+    images = tclip.Images([str(i) for i in range(400)], coloured(400)[0], truth)
+    unlabeled, heldout, probs = annotator.simulated_annotator(images, FOLDERS, tmp_path, labeled=200, epochs=2)
+    assert len(unlabeled) == 120 and len(heldout) == 80 and not set(unlabeled.tolist()) & set(heldout.tolist())
+    torch.testing.assert_close(probs.sum(1), torch.ones(400))
+    again = annotator.simulated_annotator(images, FOLDERS, tmp_path, labeled=200, epochs=-1)  # would fail if trained
+    assert torch.equal(again[2], probs)
+
+
+def test_calibrated_temperature():
+    """The mean confidence is the accuracy; a prototype is bent towards another by its share."""
+    scores, truth = torch.randn(500, 10, generator=torch.Generator().manual_seed(0)), torch.arange(500) % 10
+    scores[torch.arange(500), truth] += 1
+    confidence = (scores / annotator.calibrated_temperature(scores, truth)).softmax(1).amax(1).mean().item()
+    assert confidence == pytest.approx((scores.argmax(1) == truth).float().mean().item(), abs=1e-3)
+    bent, crop, pasture = annotator.bend(torch.eye(10), FOLDERS), FOLDERS.index("AnnualCrop"), FOLDERS.index("Pasture")
+    assert bent[crop, crop] == bent[crop, pasture] > 0 and bent[crop].norm().item() == pytest.approx(1)
+
+
+@pytest.fixture
+def tiny_suite(monkeypatch):
+    """A suite of tiny images in place of the digits."""
+    pixels, probs, features = coloured(30)
+    truth = torch.arange(30) % 3
+
+    def load(config, count):
+        unlabeled = tclip.Images([str(i) for i in range(20)], pixels[:20], truth[:20], probs[:20], features[:20])
+        heldout = tclip.Images([str(i) for i in range(10)], pixels[20:], truth[20:])
+        return suites.Task("somebody", list("abc"), suites.take(unlabeled, torch.arange(count or 20)), heldout)
+
+    tiny = {name: getattr(settings(), name) for name in ("size", "arch", "views", "batch_size", "device")}
+    monkeypatch.setitem(suites.SUITES, "digits", suites.Suite(load, tiny))
+
+
+def command(folder, *options):
+    run.main(["--suite", "digits", "--results", str(folder), "--epochs", "1", *options])
+
+
+def test_command(tiny_suite, tmp_path, capsys, monkeypatch):
+    """A row a run, seeds the outer loop; a table and a picture; and what is there is not done again."""
+    command(tmp_path, "--methods", "tclip,GCE", "--seeds", "2")
+    rows = rows_of(path := tmp_path / "digits-1-epochs.csv")
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "01" for m in ("tclip", "GCE")]
+    assert (tmp_path / "digits-1-epochs.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "| teacher: somebody |" in out and out.index("| GCE |") < out.index("| tclip |")
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")  # as if it was stopped before the last
+    done, one_run = [], run.one_run
+    monkeypatch.setattr(run, "one_run", lambda *a: done.append((a[1], a[2].seed)) or one_run(*a))
+    command(tmp_path, "--methods", "tclip,GCE", "--seeds", "2")
+    assert done == [("GCE", 1)] and len(rows_of(path)) == 4
+    monkeypatch.setitem(run.SUITES["digits"].settings, "batch_size", 8)
+    command(tmp_path, "--methods", "GCE", "--seeds", "1")  # other settings: the row of before does not count
+    assert done == [("GCE", 1), ("GCE", 0)] and "| tclip |" not in capsys.readouterr().out.split("somebody")[-1]
+
+
+def test_row(tiny_suite):
+    """The figures of a row are those of the student, the labels and the teacher, counted by hand."""
+    config, images = settings(epochs=1), (t := run.load("digits", settings(), None)).unlabeled
+    row, (student, labels) = run.one_run("digits", "tclip", config, t), run.ALL_METHODS["tclip"].run(config, images)
+
+    def right(probs, truth):
+        return [(int(p.argmax()) == int(y)) for p, y in zip(probs, truth)]
+
+    by_student = right(tclip.predict(student, images.pixels), images.truth)
+    assert row["unlabeled"] == pytest.approx(np.mean(by_student))
+    per_class = [np.mean([r for r, y in zip(by_student, images.truth) if y == c]) for c in range(3)]
+    assert row["worst_class"] == pytest.approx(min(per_class))
+    assert row["heldout"] == pytest.approx(np.mean(right(tclip.predict(student, t.heldout.pixels), t.heldout.truth)))
+    assert row["labels"] == pytest.approx(np.mean(right(labels, images.truth)))
+    assert row["teacher_unlabeled"] == pytest.approx(np.mean(right(images.probs, images.truth)))
+    assert row["teacher_heldout"] == ""
+    ceiling = run.load("digits", settings(), 7, "truth").unlabeled
+    assert len(ceiling.names) == 7 and run.accuracy(ceiling.probs, ceiling.truth) == 1
+
+
+def test_table():
+    """Mean and sample standard deviation over the seeds, by hand; the teacher once."""
+    row = dict(suite="s", method="m", teacher="t", seconds=2, worst_class=0, labels="", teacher_unlabeled=0.5)
+    rows = [row | dict(seed=i, unlabeled=u, heldout=0.25) for i, u in enumerate((0.5, 0.6, 0.7))]
+    lines = run.table(run.summarise(rows)).splitlines()
+    assert lines[2:] == ["| teacher: t | 50.0 |  |  |  |  |  |", "| m | 60.0 ± 10.0 | 25.0 | 0.0 |  | 2 | 3 |"]
+
+
+@pytest.mark.parametrize("options", ["--methods nonsense", "--seeds 0", "--images 0", "--epochs -1"])
+def test_mistakes(options, tmp_path):
+    """What is wrong is told before anything is done."""
+    with pytest.raises(tclip.UserError, match=options.split()[0]):
+        command(tmp_path, *options.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_gaussians():
+    """One round of EM, in loops: means and one diagonal variance by the answers, then the posterior."""
+    _, probs, x = coloured(20)
+    mean = [sum(probs[i, c] * x[i] for i in range(20)) / sum(probs[i, c] for i in range(20)) for c in range(3)]
+    variance = sum(probs[i, c] * (x[i] - mean[c]) ** 2 for i in range(20) for c in range(3)) / 20
+    for i, row in enumerate(whurs19.gaussians(probs, x, rounds=1)):
+        log = [math.log(probs[i, c]) - 0.5 * ((x[i] - mean[c]) ** 2 / variance).sum() for c in range(3)]
+        torch.testing.assert_close(row, torch.stack(log).softmax(0), rtol=1e-3, atol=1e-5)
+
+
+def test_trans_clip():
+    """Two rounds in loops: labels, means, variance in turn, with neighbours both ways."""
+    _, probs, x = coloured(20)
+    near = [sorted((j for j in range(20) if j != i), key=lambda j: -float(x[i] @ x[j]))[:3] for i in range(20)]
+    best = [sorted(range(20), key=lambda i: -float(probs[i, c]))[:8] for c in range(3)]
+    mean = [F.normalize(sum(x[i] for i in rows), dim=0) for rows in best]
+    z, variance = probs.clone(), torch.full((6,), 1 / 6)
+    for _ in range(2):
+        fit = torch.stack([torch.stack([-0.5 * ((v - m) ** 2 / variance).sum() for m in mean]) for v in x])
+        for _ in range(5):
+            pull = torch.zeros(20, 3)
+            for i in range(20):
+                for j in near[i]:
+                    pull[i] += (x[i] @ x[j]) * z[j] / 6
+                    pull[j] += (x[i] @ x[j]) * z[i] / 6
+            z = (probs.log() + fit / 50 + pull).softmax(1)
+        mean = [F.normalize(sum(z[i, c] * x[i] for i in range(20)), dim=0) for c in range(3)]
+        variance = sum(z[i, c] * (x[i] - mean[c]) ** 2 for i in range(20) for c in range(3)) / 20
+    torch.testing.assert_close(whurs19.trans_clip(probs, x, rounds=1), z, rtol=1e-3, atol=1e-5)
+
+
+def test_whurs19(reference, tmp_path, capsys):
+    """On real features both mend zero-shot where classes are equally frequent; balance hurts where they are not."""
+    root = reference("whurs19_openai_clip_features.npz").parent
+    run.main(["--suite", "whurs19", "--root", str(root), "--results", str(tmp_path)])
+    rows = rows_of(tmp_path / "whurs19.csv")
+    assert len(rows) == len(whurs19.METHODS) * 3 * 7  # models; one draw of equal classes, three of each ratio
+
+    def mean(method, classes):
+        return np.mean([float(r["labels"]) for r in rows if (r["method"], r["classes"]) == (method, classes)])
+
+    assert min(mean("TransCLIP", "1 : 1"), mean("EM of Gaussians", "1 : 1")) > mean("zero-shot", "1 : 1") + 0.1
+    assert mean("balance", "50 : 1") < mean("zero-shot", "50 : 1")
+    assert f"| zero-shot | {100 * mean('zero-shot', '1 : 1'):.1f} |" in capsys.readouterr().out

@@ -1,0 +1,398 @@
+"""Other ways to learn from the same noisy pseudo-labels, to compare tclip with: METHODS and STARTED. And tclip with one
+thing changed, to see what that is worth: STUDY.
+
+    student, labels = METHODS["GCE"].run(config, images)
+
+Network, views, two views of each image a step, batch size, epochs, optimiser and learning rate are the same for all,
+and so is the training step, tclip.train(): a method is its targets and its objective. Co-teaching and DivideMix train
+two networks, in loops of their own. No method reads the truth. Hyperparameters of the others are those of their papers.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tclip.py of this checkout, installed or not
+import tclip
+
+# ==== Targets: what is made of the teacher's probabilities (N, C) before training =====================================
+
+
+def soft(probs):
+    """The teacher's probabilities as they are."""
+    return probs
+
+
+def hard(probs):
+    """The teacher's first choice, one-hot."""
+    return F.one_hot(probs.argmax(1), probs.shape[1]).float()
+
+
+def smoothed(probs):
+    """The teacher's first choice, and a tenth of the label spread over all classes. Szegedy et al. 2016."""
+    return 0.9 * hard(probs) + 0.1 / probs.shape[1]
+
+
+def balanced(probs, tolerance=1e-3, iterations=1000):
+    """The nearest soft labels with equally frequent classes, by optimal transport (Sinkhorn and Knopp).
+
+    Weights for the classes are found such that no class's mass is further than `tolerance` from N / C, or after so
+    many iterations: answers that are certain cannot be balanced. As in Asano et al. 2020.
+    """
+    p = probs.double().clamp_min(1e-6)  # zero would stay zero for ever
+    weights = torch.ones_like(p[0])
+    for _ in range(iterations):
+        shares = (p * weights / (p @ weights)[:, None]).mean(0) * len(weights)  # (C,), all 1 in the end
+        if (shares - 1).abs().max() < tolerance:
+            break
+        weights = weights / shares
+    return (p * weights / (p @ weights)[:, None]).float()
+
+
+# ==== Objectives, in place of tclip.tclip_objective() =================================================================
+# logits (2B, C) and unit embeddings z (2B, D) of two views; labels.targets(index), (B, C), are the targets made above.
+
+
+def classify(logits, z, index, labels, config, loss=F.cross_entropy):
+    """`loss`, a function of logits and targets, both (2B, C), and nothing else."""
+    return loss(logits, labels.targets(index).repeat(2, 1)), torch.zeros((), device=logits.device)
+
+
+def contrast(logits, z, index, labels, config, class_share, temperature):
+    """Cross-entropy and a contrastive loss that pushes all others. class_share 0: SimCLR's, 1: SupCon's."""
+    targets = labels.targets(index)
+    z_loss = tclip.class_conditional_contrastive_loss(z, targets, temperature, class_share, negatives="all")
+    return F.cross_entropy(logits, targets.repeat(2, 1)), z_loss
+
+
+def gce(logits, targets, q=0.7):
+    """Generalised cross-entropy, (1 - p_y^q) / q: cross-entropy for q -> 0, mean absolute error for q = 1.
+
+    Zhang and Sabuncu 2018, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels".
+    """
+    log_p = -F.cross_entropy(logits, targets, reduction="none")  # (2B,)
+    return ((1 - (q * log_p).exp()) / q).mean()  # not p**q, whose gradient at p = 0 is not finite
+
+
+def sce(logits, targets, alpha=0.1, beta=1.0, A=-4.0):
+    """Symmetric cross-entropy: alpha CE + beta reverse CE, -sum_k p_k log(y_k) with log(0) set to A.
+
+    With one-hot y the reverse half is -A (1 - p_y). Wang et al. 2019, "Symmetric Cross Entropy for Robust Learning
+    with Noisy Labels".
+    """
+    cross_entropy = F.cross_entropy(logits, targets, reduction="none")  # (2B,)
+    return (alpha * cross_entropy - beta * A * (1 - (-cross_entropy).exp())).mean()
+
+
+class ELR:
+    """Early-learning regularisation: CE + weight * log(1 - <p, t>), t a running mean of the image's own predictions.
+
+    t <- beta t + (1 - beta) p whenever an image is seen; p is the mean of its two views there. As published, t starts
+    at zero and p is kept within 1e-4 of the ends. Liu et al. 2020, "Early-Learning Regularization Prevents Memorization
+    of Noisy Labels". table: t, (N, C).
+    """
+
+    def __init__(self, beta=0.7, weight=3.0):
+        self.beta, self.weight, self.table = beta, weight, None
+
+    def __call__(self, logits, z, index, labels, config):
+        if self.table is None:
+            self.table = torch.zeros(len(labels.table), logits.shape[1], device=logits.device)
+        p = logits.softmax(1).clamp(1e-4, 1 - 1e-4)  # (2B, C)
+        seen = mean_of_views(p.detach())
+        self.table[index] = self.beta * self.table[index] + (1 - self.beta) * seen / seen.sum(1, keepdim=True)
+        agreement = (self.table[index].repeat(2, 1) * p).sum(1)  # (2B,)
+        cross_entropy, _ = classify(logits, z, index, labels, config)
+        return cross_entropy, self.weight * (1 - agreement).log().mean()
+
+
+# ==== Two networks: Co-teaching and DivideMix =========================================================================
+
+
+def new_student(config, images, classes):
+    """A Student on its device, and its optimiser, as in tclip.train()."""
+    student = tclip.Student(config.arch, classes, images.pixels.shape[-1])
+    student.to(tclip.pick_device(config.device), memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
+    return student, optimizer
+
+
+def batches(config, optimizer, members, epoch):
+    """One pass over `members`, int64 (N,), in random order: batches of them. Sets the learning rate of each step."""
+    steps = math.ceil(len(members) / config.batch_size)
+    order = torch.randperm(len(members), device=members.device)
+    for step, index in enumerate(members[order].tensor_split(steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = tclip.learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
+        yield index
+
+
+def two_views(config, pixels):
+    """uint8 (B, 3, S, S) -> float (2B, 3, S, S): rows i and i + B are random views of image i."""
+    return tclip.augment(pixels, views=2, **tclip.VIEWS[config.views])
+
+
+def forward(student, views):
+    """Logits, float32 (2B, C): bfloat16 inside, where that is fast."""
+    kind = views.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=tclip.has_fast_bfloat16(views.device)):
+        return student(views.contiguous(memory_format=torch.channels_last))[0].float()
+
+
+def descend(optimizer, loss):
+    """One step of the optimiser."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def mean_of_views(values):
+    """Mean over the two views of each image: (2B, ...) -> (B, ...)."""
+    return values.unflatten(0, (2, -1)).mean(0)
+
+
+class Average(nn.Module):
+    """Two students as one: the mean of their logits, and no embedding."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        return (self.first(x)[0] + self.second(x)[0]) / 2, None
+
+
+def co_teaching(config, images, probs, forget_epochs=10):
+    """Two networks, each of which learns from the images of a batch that are easy for the *other*.
+
+    The share that is forgotten grows in `forget_epochs` to the share of wrong labels. The paper takes that as known;
+    here it is estimated as the teacher's mean doubt, 1 - its mean confidence. Han et al. 2018, "Co-teaching: Robust
+    Training of Deep Neural Networks with Extremely Noisy Labels", algorithm 1. Returns the first network.
+    """
+    torch.manual_seed(config.seed)
+    (first, optimizer), (second, other) = (new_student(config, images, probs.shape[1]) for _ in range(2))
+    optimizer.add_param_group(other.param_groups[0])  # the losses have no network in common: one step does
+    device, forget_rate = tclip.pick_device(config.device), 1 - probs.amax(1).mean().item()
+    pixels, labels = images.pixels.to(device), probs.argmax(1).to(device)
+    for epoch in range(config.epochs):
+        first.train(), second.train()
+        for index in batches(config, optimizer, torch.arange(len(pixels), device=device), epoch):
+            views, targets = two_views(config, pixels[index]), labels[index].repeat(2)
+            losses = [F.cross_entropy(forward(net, views), targets, reduction="none") for net in (first, second)]
+            descend(optimizer, sum(exchange(*map(mean_of_views, losses), forget_rate * min(epoch / forget_epochs, 1))))
+    return first
+
+
+def exchange(first, second, forget):
+    """Losses (B,) of two networks on the same images, each averaged over the small-loss images of the other.
+
+    forget: the share of images left out.
+    """
+    keep = max(1, int((1 - forget) * len(first)))
+    easy_for_first, easy_for_second = first.argsort()[:keep], second.argsort()[:keep]
+    return first[easy_for_second].mean(), second[easy_for_first].mean()
+
+
+def divide_mix(config, images, probs, warm_up=10):
+    """Two networks; each tells the other which labels to believe, and the rest is learned without labels.
+
+    After `warm_up` epochs a mixture of two Gaussians is fitted to each network's losses once an epoch; images of the
+    low-loss one keep their label. Li et al. 2020, "DivideMix: Learning with Noisy Labels as Semi-supervised Learning",
+    algorithm 1, T = 0.5, alpha = 4, lambda_u = 25, tau = 0.5. Returns both networks as one, as the paper evaluates.
+    """
+    torch.manual_seed(config.seed)
+    networks = [new_student(config, images, probs.shape[1]) for _ in range(2)]
+    device = tclip.pick_device(config.device)
+    pixels, labels = images.pixels.to(device), probs.argmax(1).to(device)
+    for epoch in range(config.epochs):
+        believed = [torch.ones(len(pixels), device=device)] * 2
+        if epoch >= warm_up:  # both, before either is trained
+            believed = [clean_probability(label_loss(net, pixels, labels)).to(device) for net, _ in networks]
+        for network, (other, _), clean in zip(networks, networks[::-1], believed[::-1]):  # the other's division
+            divided_epoch(config, *network, other, pixels, labels, clean, epoch, epoch - warm_up)
+    return Average(*(net for net, _ in networks))
+
+
+def divided_epoch(config, student, optimizer, other, pixels, labels, clean, epoch, divided_epochs):
+    """One pass over the images whose label is believed, a batch of the others beside each of their batches.
+
+    clean: (N,), the chance that a label is right; above a half it is believed. Where there is nothing to divide it is
+    the paper's warm-up for noise that depends on the class: cross-entropy minus entropy. The unlabeled loss gets its
+    full weight over the first 16 divided epochs.
+    """
+    labeled, unlabeled = (clean > 0.5).nonzero().flatten(), (clean <= 0.5).nonzero().flatten()
+    divided = len(labeled) > 0 and len(unlabeled) > 0
+    labeled = labeled if divided else torch.arange(len(pixels), device=pixels.device)
+    student.train(), other.eval()
+    for step, index in enumerate(batches(config, optimizer, labeled, epoch)):
+        x = two_views(config, pixels[index])  # (2L, 3, S, S)
+        if not divided:
+            logits = forward(student, x)
+            negative_entropy = (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+            descend(optimizer, F.cross_entropy(logits, labels[index].repeat(2)) + negative_entropy)
+            continue
+        u = two_views(config, pixels[unlabeled[torch.randint(len(unlabeled), (len(index),), device=pixels.device)]])
+        with torch.no_grad():
+            one_hot = F.one_hot(labels[index], student.classifier.out_features).float()
+            own, w = mean_of_views(forward(student, x).softmax(1)), clean[index][:, None]
+            refined = w * one_hot + (1 - w) * own  # (L, C)
+            guessed = mean_of_views((forward(student, u).softmax(1) + forward(other, u).softmax(1)) / 2)  # (L, C)
+            targets = torch.cat([refined, refined, guessed, guessed]) ** 2  # sharpened: the power is 1 / T
+        views, targets = mixup(torch.cat([x, u]), targets / targets.sum(1, keepdim=True), alpha=4.0)
+        progress = min((divided_epochs + step * config.batch_size / len(labeled)) / 16, 1)
+        descend(optimizer, semi_supervised_loss(forward(student, views), targets, len(x), 25 * progress))
+
+
+def label_loss(student, pixels, labels):
+    """Cross-entropy of each image, without augmentation, with its label: (N,) on the CPU."""
+    p = tclip.predict(student, pixels)  # (N, C)
+    return -p.gather(1, labels.cpu()[:, None]).squeeze(1).clamp_min(1e-30).log()
+
+
+def clean_probability(losses):
+    """The chance that a label is right, (N,): of the low-loss one of two Gaussians fitted to the losses, (N,)."""
+    from sklearn.mixture import GaussianMixture
+
+    span = (losses.max() - losses.min()).clamp_min(1e-12)  # no division by zero where all are equal
+    column = ((losses - losses.min()) / span).double().numpy()[:, None]
+    mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(column)
+    return torch.from_numpy(mixture.predict_proba(column)[:, mixture.means_.argmin()]).float()
+
+
+def mixup(inputs, targets, alpha):
+    """Each row mixed with a random other; its own share is one draw of Beta(alpha, alpha), and at least a half."""
+    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    share, partner = max(share, 1 - share), torch.randperm(len(inputs), device=inputs.device)
+    return share * inputs + (1 - share) * inputs[partner], share * targets + (1 - share) * targets[partner]
+
+
+def semi_supervised_loss(logits, targets, labeled, weight):
+    """Cross-entropy of the first `labeled` rows, `weight` x squared error of the rest, and the penalty.
+
+    The penalty is the divergence from equally frequent classes to the mean prediction, lest all become one class.
+    """
+    p = logits.softmax(1)  # (2L + 2U, C)
+    squared_error = (p - targets)[labeled:].square().mean()
+    penalty = -(p.mean(0) * p.shape[1]).log().mean()
+    return F.cross_entropy(logits[:labeled], targets[:labeled]) + weight * squared_error + penalty
+
+
+# ==== The table of methods ============================================================================================
+
+
+FIXED = dict(label_momentum=1.0, class_prior="none")  # labels stay as they are given
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn from a teacher's answers.
+
+    source: where it is published. targets: what is made of the teacher's probabilities. objective: makes the objective
+    of a run; None: tclip's. settings: fields of Config. features: the teacher's image features are used as well.
+    started: the targets are made of the labels that tclip starts from. two_networks: in place of tclip.train(), a
+    function, (config, images, probs) -> network.
+    """
+
+    source: str
+    targets: Callable = soft
+    objective: Callable | None = None
+    settings: dict = field(default_factory=dict)
+    features: bool = True
+    started: bool = False
+    two_networks: Callable | None = None
+
+    def run(self, config, images, on_epoch=None):
+        """Train on the Images: (student, its labels after the last epoch, (N, C), or None of two networks)."""
+        probs = self.targets(starting_labels(config, images) if self.started else images.probs)
+        config = replace(config, **self.settings)
+        if self.two_networks:
+            return self.two_networks(config, images, probs), None
+        features, objective = images.features if self.features else None, self.objective and self.objective()
+        student, labels = tclip.train(config, images.pixels, probs, features, objective=objective, on_epoch=on_epoch)
+        return student, getattr(objective, "table", labels.table).float().cpu()
+
+
+def starting_labels(config, images):
+    """The labels (N, C) that tclip starts from: the teacher's answers, as far as its image features mend them."""
+    rule = config.label_momentum, config.label_neighbours, config.class_prior
+    return tclip.EnsembleLabels(images.probs, images.features, *rule).table.float()
+
+
+def fixed(source, targets, objective):
+    """A method whose labels stay as they are given."""
+    return Method(source, targets, objective, FIXED, features=False)
+
+
+def supcon(class_share, temperature):
+    """Cross-entropy and contrast() with these settings, on hard labels."""
+    return lambda: partial(contrast, class_share=class_share, temperature=temperature)
+
+
+METHODS = {
+    "cross-entropy": fixed("the plain way", hard, lambda: classify),
+    "soft labels": fixed("distillation, Hinton et al. 2015", soft, lambda: classify),
+    "balanced labels": fixed("soft labels by Sinkhorn, Asano et al. 2020", balanced, lambda: classify),
+    "label smoothing": fixed("Szegedy et al. 2016", smoothed, lambda: classify),
+    "GCE": fixed("Zhang and Sabuncu 2018", hard, lambda: partial(classify, loss=gce)),
+    "SCE": fixed("Wang et al. 2019", hard, lambda: partial(classify, loss=sce)),
+    "ELR": fixed("Liu et al. 2020", hard, ELR),
+    "SimCLR + CE": fixed("Chen et al. 2020", hard, supcon(class_share=0.0, temperature=0.5)),
+    "SupCon + CE": fixed("Khosla et al. 2020", hard, supcon(class_share=1.0, temperature=0.1)),
+    "Co-teaching": Method("Han et al. 2018", two_networks=co_teaching),
+    "DivideMix": Method("Li et al. 2020", two_networks=divide_mix),
+    "tclip": Method("this project, after Huang et al. 2022"),
+    "tclip without C3L": Method("half of it", settings=dict(c3l_weight=0.0)),
+    "tclip with fixed labels": Method("the other half", settings=dict(label_momentum=1.0)),
+    "tclip without both": Method("its start alone", settings=dict(label_momentum=1.0, c3l_weight=0.0)),
+}
+
+# Baselines that get the same start of the labels as tclip: what comes of better labels, and what of better training.
+STARTED = {
+    f"{name} on tclip's start": replace(METHODS[name], started=True)
+    for name in ("cross-entropy", "soft labels", "GCE", "ELR", "SimCLR + CE", "SupCon + CE", "DivideMix")
+}
+
+
+def changed(**settings):
+    """An entry of STUDY: tclip with these settings in place of its own."""
+    name = " + ".join(f"{field.replace('_', ' ')} {value}" for field, value in settings.items())
+    return name, Method("this project", settings=settings)
+
+
+def pulling(class_share, negatives="other"):
+    """An entry of STUDY: tclip whose contrastive loss pulls by class to this share, and pushes those `negatives`."""
+
+    def objective(logits, z, index, labels, config):
+        targets = labels.targets(index)
+        c3l = tclip.class_conditional_contrastive_loss(z, targets, config.temperature, class_share, negatives)
+        return F.cross_entropy(logits, targets.repeat(2, 1)), config.c3l_weight * c3l
+
+    return f"pull by class {class_share} + push {negatives}", Method("this project", objective=lambda: objective)
+
+
+STUDY = {
+    "tclip": METHODS["tclip"],
+    "without C3L": METHODS["tclip without C3L"],
+    "with fixed labels": METHODS["tclip with fixed labels"],
+    "without both": METHODS["tclip without both"],
+    "without the teacher's features": Method("this project", features=False),
+    "hard labels at the start": Method("this project", hard),
+} | dict(
+    [
+        *(pulling(share) for share in (0.0, 0.5, 1.0)),
+        *(pulling(share, "all") for share in (0.0, 1.0)),
+        changed(class_prior="uniform"),
+        *(changed(temperature=value) for value in (0.2, 1.0)),
+        *(changed(c3l_weight=value) for value in (0.3, 3.0)),
+        *(changed(label_momentum=value) for value in (0.0, 0.8)),
+        *(changed(label_neighbours=value) for value in (5, 10, 80)),
+        *(changed(batch_size=value) for value in (32, 256)),
+    ]
+)

@@ -1,0 +1,283 @@
+"""Benchmark: tclip beside other ways to learn from the same noisy pseudo-labels, several seeds each.
+
+    python tutorials/benchmark/run.py --suite digits                          # offline
+    python tutorials/benchmark/run.py --suite digits --methods tclip,GCE --seeds 5
+    python tutorials/benchmark/run.py --suite digits --study                  # tclip with one thing changed
+    python tutorials/benchmark/run.py --suite eurosat-gpt4v --root data       # images named by GPT-4V, for a CPU
+    python tutorials/benchmark/run.py --suite cifar10-votes --root data --full            # all images, for a GPU
+    python tutorials/benchmark/run.py --suite cifar10-votes --root data --teacher truth   # a ceiling
+    python tutorials/benchmark/run.py --suite whurs19 --root data             # labels only, no training
+
+The suites, and whose answers they hold, are in suites.py; the methods in baselines.py. A finished run is one row of
+results/SUITE.csv at once (SUITE-study.csv, SUITE-uniform.csv, SUITE-full.csv, ... for other options): an interrupted
+benchmark goes on where it was when the same command is given again. A row counts for the settings that it was made
+with; when these change it stays in the file, is left out of the table, and the run is done anew. After a change of code
+delete the file. At the end the table of all rows that count is printed, and drawn to a picture beside the csv file.
+
+unlabeled, held out: images that the student of the last epoch gets right, in %; labels: that the labels get right.
+Truth is read after a run to count what is right, and by nothing before, but where --teacher truth asks for it.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]  # tclip.py of this checkout, and what lies beside this file
+import whurs19
+from baselines import METHODS, STARTED, STUDY
+from suites import SUITES
+
+import tclip
+from tclip import UserError
+
+RESULTS = HERE / "results"
+ALL_METHODS = STUDY | METHODS | STARTED
+
+# ==== Runs and their rows =============================================================================================
+
+
+def load(suite, config, count, teacher=None):
+    """The Task of a suite for this config; count: so many unlabeled images, None: all. teacher "truth": a ceiling."""
+    task = SUITES[suite].load(config, count)
+    if teacher == "truth":
+        truth = F.one_hot(task.unlabeled.truth, len(task.classes)).float()
+        unlabeled, heldout = replace(task.unlabeled, probs=truth, features=None), replace(task.heldout, probs=None)
+        return replace(task, teacher="the truth (a ceiling)", unlabeled=unlabeled, heldout=heldout)
+    return task
+
+
+def settings_of(config, task):
+    """All that a row's numbers follow from but method and seed, as json: rows count as long as this is the same.
+
+    (What a method changes is in its name.) How many images a seed draws is not part of it.
+    """
+    places = "dataset", "root", "clip", "cache", "seed", "device", "compile", "out"
+    settings = {name: value for name, value in asdict(config).items() if name not in places}
+    images = "drawn" if task.drawn else len(task.unlabeled.names)
+    return json.dumps(settings | dict(teacher=task.teacher, images=images, heldout=len(task.heldout.names)))
+
+
+def digest_of(settings):
+    """Ten letters for settings_of()."""
+    return hashlib.sha256(settings.encode()).hexdigest()[:10]
+
+
+def accuracy(probs, truth):
+    """Share of right answers, "" where there are none."""
+    return "" if probs is None else tclip.score(probs, truth)["accuracy"]
+
+
+def worst(probs, truth):
+    """The accuracy of the worst class."""
+    return min(share for share in tclip.score(probs, truth)["per_class"] if share is not None)
+
+
+def one_run(suite, name, config, task):
+    """Train a student by the method `name`, and its row of the results. UserError: its predictions are not finite."""
+    unlabeled, heldout, started = task.unlabeled, task.heldout, time.perf_counter()
+    student, labels = ALL_METHODS[name].run(config, unlabeled)
+    seconds = time.perf_counter() - started
+    probs, heldout_probs = (tclip.predict(student, part.pixels) for part in (unlabeled, heldout))
+    if not probs.isfinite().all():
+        raise UserError(f"{name}, seed {config.seed}: the student's predictions are not finite")
+    device, settings = tclip.pick_device(config.device), settings_of(config, task)
+    return dict(
+        suite=suite,
+        method=name,
+        seed=config.seed,
+        unlabeled=accuracy(probs, unlabeled.truth),
+        heldout=accuracy(heldout_probs, heldout.truth),
+        worst_class=worst(probs, unlabeled.truth),
+        labels=accuracy(labels, unlabeled.truth),
+        teacher=task.teacher,
+        teacher_unlabeled=accuracy(unlabeled.probs, unlabeled.truth),
+        teacher_heldout=accuracy(heldout.probs, heldout.truth),
+        teacher_worst_class=worst(unlabeled.probs, unlabeled.truth),
+        seconds=round(seconds, 1),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        torch=torch.__version__,
+        digest=digest_of(settings),
+        settings=settings,
+    )
+
+
+def read_rows(path):
+    """Rows of the results so far, a dict of strings each."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def finished(path, config, task, methods):
+    """The rows at `path` that count: of the present settings, by (method, seed), in the order of `methods`."""
+    digest = digest_of(settings_of(config, task))
+    rows = [row for row in read_rows(path) if row["digest"] == digest and row["method"] in methods]
+    rows.sort(key=lambda row: (list(methods).index(row["method"]), int(row["seed"])))
+    return {(row["method"], int(row["seed"])): row for row in rows}
+
+
+def benchmark(path, suite, config, task, load_task, methods, seeds):
+    """Do the runs that results at `path` lack: seeds are the outer loop, so that what is there can be compared.
+
+    task: the Task of seed 0. load_task: function, config -> Task, for suites of which each seed draws images.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for seed in range(seeds):
+        config = replace(config, seed=seed)
+        task = load_task(config) if seed and task.drawn else task
+        done = finished(path, config, task, methods)
+        for name in tqdm([name for name in methods if (name, seed) not in done], f"seed {seed}", disable=None):
+            row = one_run(suite, name, config, task)
+            tclip.write_csv(path, [*read_rows(path), row])  # whole or not at all
+            tqdm.write(
+                f"{name}, seed {seed}: {row['unlabeled']:.1%} of the unlabeled, {row['heldout']:.1%} of the held-out "
+                f"images right, {row['seconds']:.0f} s"
+            )
+
+
+# ==== Table and picture ===============================================================================================
+
+COLUMNS = {"unlabeled": "unlabeled", "held out": "heldout", "worst class": "worst_class", "labels": "labels"}
+
+
+def mean_and_sd(values):
+    """Mean and sample standard deviation, which is 0 for a single value; None where there is no value."""
+    values = [float(value) for value in values if value != ""]
+    return (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
+
+
+def summarise(rows):
+    """A dict for each line of the table, the teacher first: name, seeds, seconds; (mean, sd) or None a column."""
+    seen = {row["seed"]: row for row in rows}.values()  # the teacher's answers, one row a seed: of one draw, all alike
+    lines = [dict(name=f"teacher: {rows[0]['teacher']}", seeds=0, seconds=None)]
+    for column, field in COLUMNS.items():
+        lines[0][column] = mean_and_sd([row.get(f"teacher_{field}", "") for row in seen])
+    for name in dict.fromkeys(row["method"] for row in rows):
+        runs = [row for row in rows if row["method"] == name]
+        figures = {column: mean_and_sd([row[field] for row in runs]) for column, field in COLUMNS.items()}
+        seconds = mean_and_sd([row["seconds"] for row in runs])[0]
+        lines.append(dict(name=name, seeds=len(runs), seconds=seconds) | figures)
+    return lines
+
+
+def table(lines):
+    """The lines of summarise() in Markdown: percentages, mean ± standard deviation over the seeds."""
+
+    def percent(figure):
+        if figure is None:
+            return ""
+        return f"{100 * figure[0]:.1f}" + (f" ± {100 * figure[1]:.1f}" if figure[1] else "")
+
+    cells = [["", *COLUMNS, "seconds", "seeds"], ["---"] * (len(COLUMNS) + 3)]
+    for line in lines:
+        seconds = f"{line['seconds']:.0f}" if line["seeds"] else ""
+        cells.append([line["name"], *(percent(line[column]) for column in COLUMNS), seconds, line["seeds"] or ""])
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+
+
+def draw(suite, lines, file):
+    """Picture of the table: a bar a method for unlabeled and for held-out images, the teacher as vertical lines."""
+    teacher, *methods = lines
+    figure = Figure((8, 1.6 + 0.42 * len(methods)), layout="constrained")
+    ax = figure.subplots()
+    looks = {"unlabeled": ("#0072B2", "", "-"), "held out": ("#E69F00", "//", "--")}  # Okabe and Ito's palette
+    for offset, (column, (color, hatch, style)) in zip((-0.2, 0.2), looks.items()):
+        means, sds = zip(*((100 * line[column][0], 100 * line[column][1]) for line in methods))
+        places = [place + offset for place in range(len(methods))]
+        errors = dict(xerr=sds, capsize=2) if any(sds) else {}
+        ax.barh(places, means, 0.38, color=color, hatch=hatch, edgecolor="white", label=column, **errors)
+        if teacher[column]:
+            ax.axvline(100 * teacher[column][0], color="black", linestyle=style, label=f"teacher, {column}")
+    seeds = sorted({line["seeds"] for line in methods})
+    spread = "one seed" if seeds == [1] else f"mean and standard deviation, {'-'.join(map(str, seeds))} seeds"
+    ax.set_yticks(range(len(methods)), [line["name"] for line in methods])
+    ax.invert_yaxis()  # the first on top
+    ax.set_xlim(0, 100)
+    ax.set_xlabel(f"images right, % ({spread})")
+    ax.set_ylabel("method")
+    ax.set_title(f"{suite}, {teacher['name']}")
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.savefig(file, dpi=120, format="png")
+
+
+# ==== Command line ====================================================================================================
+
+
+def parse(argv):
+    """The options. UserError: a value is not allowed."""
+    usage, _, details = __doc__.partition("\n\n")
+    style = dict(epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("run.py", description=usage, **style)
+    parser.add_argument("--suite", choices=[*SUITES, "whurs19"], default="digits", help="which data [digits]")
+    parser.add_argument("--root", default="data", help="folder of the data [data]")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ... [3]")
+    parser.add_argument("--methods", help="names, with commas between them [all]")
+    parser.add_argument("--study", action="store_true", help="tclip with other settings, in place of other methods")
+    parser.add_argument("--full", action="store_true", help="all images and a ResNet-18, for a GPU")
+    parser.add_argument("--images", type=int, help="how many unlabeled ones [the suite's]")
+    parser.add_argument("--epochs", type=int, help="passes over the images [40]")
+    parser.add_argument("--class-prior", choices=("uniform", "none"), default="none", help="known to tclip [none]")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results [results]")
+    parser.add_argument("--teacher", choices=("truth",), help="true labels: what can the network learn at all?")
+    given = parser.parse_args(argv)
+    for name in ("seeds", "images", "epochs"):
+        if (value := getattr(given, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    return given
+
+
+def chosen(names, known):
+    """The methods that are asked for, names with commas between them. UserError: there is none of that name."""
+    if unknown := [name for name in names.split(",") if name not in known]:
+        raise UserError(f"--methods {unknown[0]}: choose from {', '.join(known)}")
+    return names.split(",")
+
+
+def main(argv=None):
+    """The command line."""
+    given = parse(argv)
+    if given.suite == "whurs19":
+        rows = list(whurs19.rows(given.root, chosen(given.methods or ",".join(whurs19.METHODS), whurs19.METHODS)))
+        given.results.mkdir(exist_ok=True)
+        tclip.write_csv(given.results / "whurs19.csv", rows)
+        return print(whurs19.table(rows))
+    suite = SUITES[given.suite]
+    known = STUDY if given.study else METHODS | STARTED
+    methods = given.methods and chosen(given.methods, known)
+    settings = suite.settings | (suite.full if given.full else {}) | dict(class_prior=given.class_prior)
+    settings |= dict(epochs=given.epochs) if given.epochs else {}
+    config = tclip.Config(root=given.root, **settings)
+    count = given.images or (None if given.full else suite.images)
+    load_task = partial(load, given.suite, count=count, teacher=given.teacher)
+    words = ["study"] * given.study + ["full"] * given.full + ["truth"] * bool(given.teacher)
+    words += ["uniform"] * (given.class_prior == "uniform") + [f"{given.images}"] * bool(given.images)
+    path = given.results / f"{'-'.join([given.suite, *words, *[f'{given.epochs}-epochs'] * bool(given.epochs)])}.csv"
+    task = load_task(config)
+    if not methods:  # without features or a prior tclip starts from the teacher's answers, as all others do
+        mended = task.unlabeled.features is not None or config.class_prior != "none"
+        methods = [name for name in known if name not in STARTED or mended]
+    try:
+        benchmark(path, given.suite, config, task, load_task, methods, given.seeds)
+    except KeyboardInterrupt:
+        raise UserError("stopped. What is finished is kept: go on with the same command") from None
+    lines = summarise(list(finished(path, config, task, known).values()))
+    print(table(lines))
+    tclip.write_whole(path.with_suffix(".png"), partial(draw, given.suite, lines))
+
+
+if __name__ == "__main__":
+    main()
