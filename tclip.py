@@ -676,9 +676,8 @@ def claim_folder(config):
 def write_results(config, unlabeled, heldout, classes, student, labels, started):
     """labels.csv, model.pt, summary.json and, where truth is known, noise.png. Returns the summary, a dict."""
     out, truth = Path(config.out), unlabeled.truth
-    said = dict(
-        teacher=unlabeled.probs, label=labels.targets(slice(None)).cpu(), student=predict(student, unlabeled.pixels)
-    )
+    said = dict(teacher=unlabeled.probs, label=labels.targets(slice(None)).cpu())
+    said["student"] = predict(student, unlabeled.pixels)
     scores = {f"unlabeled_{who}": score(probs, truth) for who, probs in said.items()}
     if heldout:
         scores["heldout_teacher"] = score(heldout.probs, heldout.truth)
