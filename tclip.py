@@ -74,7 +74,7 @@ class Config:
     temperature: float = setting(0.5, "of the contrastive loss", (1e-3, 1e3))
     class_share: float = setting(0.5, "how far the contrastive loss pulls by class; the rest by instance", (0, 1))
     label_momentum: float = setting(0.5, "m: share of a label that is kept each epoch; 1: labels stay", (0, 1))
-    label_neighbours: int = setting(15, "k: images whose predictions make an ensemble label", (1, 10**4))
+    label_neighbours: int = setting(10, "k: images whose predictions make an ensemble label", (1, 10**4))
     class_prior: str = setting("none", "the classes' shares where they are known: uniform, or numbers: 0.5,0.3,0.2")
     seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", (0, 2**32 - 1))
     device: str = setting(DEVICES[0], "where to train", DEVICES)
@@ -195,7 +195,7 @@ class EnsembleLabels(torch.nn.Module):
     Of the paper only that there are ensemble labels is known; the rule is ours.
     """
 
-    def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None):
+    def __init__(self, probs, features=None, momentum=0.5, neighbours=10, class_prior=None):
         super().__init__()
         self.momentum, self.neighbours, self.class_prior = momentum, neighbours, class_prior
         answers = probs.float().clamp_min(1e-6)
@@ -488,8 +488,7 @@ def handwritten_digits(train):
     digits = load_digits()
     gray = (digits.images * (255 / 16)).round().astype("uint8")  # from 0..16
     parts = train_test_split(range(len(gray)), test_size=0.2, stratify=digits.target, random_state=0)
-    pairs = list(zip(map(Image.fromarray, gray), digits.target.tolist()))
-    return torch.utils.data.Subset(pairs, sorted(parts[not train]))
+    return torch.utils.data.Subset([*zip(map(Image.fromarray, gray), digits.target.tolist())], sorted(parts[not train]))
 
 
 DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)s; prompts: openai/CLIP, prompts.md
@@ -497,7 +496,7 @@ DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)
         source=lambda root, train: handwritten_digits(train),
         templates=['a photo of the number: "{}".', "a photo of the digit {}.", "the handwritten digit {}."],
         classes=["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-        settings=dict(size=16, arch="resnet8", views="writing", clip="offline"),
+        settings=dict(size=16, arch="resnet8", views="writing", clip="offline", class_prior="uniform"),
     ),
     "cifar10": dict(
         source=lambda root, train: torchvision.datasets.CIFAR10(root, train, download=True),
@@ -729,8 +728,8 @@ def add_settings(parser, settings):
 
 def main(argv=None):
     """The command line."""
-    keep = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("tclip.py", "%(prog)s [--setting value ...]", __doc__, formatter_class=keep)
+    usage, keep = "%(prog)s [--setting value ...]", argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("tclip.py", usage, __doc__, formatter_class=keep)
     add_settings(parser, fields(Config))
     parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
     given = vars(parser.parse_args(argv))

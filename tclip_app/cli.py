@@ -10,16 +10,13 @@ tclip export runs/photos/model.pt                        as model.onnx and model
 
 import argparse
 import os
-import pickle
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import torch
-
 import tclip
 from tclip import UserError, setting
-from tclip_app import images, report, train
+from tclip_app import files, images, report, train
 
 
 @dataclass
@@ -30,7 +27,7 @@ class Prediction:
     dataset: str = setting(None, "name for the results")
     model: str = setting(None, "model.pt of a run")
     out: str = setting(None, "folder of the results [runs/predict-IMAGES, or the next free one]")
-    device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    device: str = setting(tclip.DEVICES[0], "where to compute", tclip.DEVICES)
     strict: bool = setting(False, "stop at the first file that is no readable image")
     memory: float = setting(8.0, "gigabytes of pixels that are held in memory; more lie in a file", (0, 1e6))
 
@@ -68,20 +65,22 @@ def main(argv=None):
         actions[given.pop("command")](**given)
     except KeyboardInterrupt:
         raise UserError("stopped") from None
+    except UserError as error:
+        raise UserError(" ".join(str(error).splitlines())) from error  # a file's name may have more
 
 
 def train_command(resume, **given):
     config = train.resume(resume, given) if resume else train.begin(given)
-    config, summary = tclip.run(config, train.read, resumed=bool(resume))
+    summary = tclip.run(config, train.read, resumed=bool(resume))
     if not summary:  # the first process speaks
         return
-    page = report.write_report(config.out)
+    page = report.write_report(summary["out"])
     before, after = (summary[f"unlabeled_{who}_accuracy"] for who in ("teacher", "student"))
     if before is None:
         print(f"student and teacher agree on {summary['agreement']:.1%} of {summary['images']} images")
     else:
         print(f"of the images whose class is known are right: teacher {before:.1%}, student {after:.1%}")
-    print(f"{summary['seconds']:.0f} s on {summary['device']}; results in {config.out}, to look at: {page}")
+    print(f"{summary['seconds']:.0f} s on {summary['device']}; results in {summary['out']}, to look at: {page}")
 
 
 def predict_command(root, **given):
@@ -90,8 +89,9 @@ def predict_command(root, **given):
     path = Path(os.path.abspath(root))  # a link to an image is followed where it is what was named
     config = Prediction(root=str(path), dataset=f"predict-{path.stem if path.is_file() else path.name}", **given)
     images.find(path)
-    student, classes = load_student(config.model)
-    student.to(tclip.pick_device(config.device))
+    student, classes = files.load_student(config.model)
+    student.to(config.device)
+    files.check_folder(config.out or "runs")
     out = Path(tclip.claim_folder(config))
     names, pixels, _ = images.read_folder(path, student.size, out, config.memory, config.strict)
     rows = []
@@ -114,18 +114,5 @@ def export_command(model):
         if error.name.split(".")[0] not in ("onnxscript", "onnx", "onnx_ir", "safetensors"):
             raise
         raise UserError(f'export needs {error.name}: pip install "tclip[export]"') from error
-    files = export.export_student(*load_student(model), Path(model))
-    print(f"wrote {' and '.join(map(str, files))}")
-
-
-def load_student(path):
-    """tclip.load_student(). UserError: it is no model.pt of a run."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file")
-    try:
-        model = torch.load(path, map_location="cpu", weights_only=True)  # no code in it is run
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is cut off, or not the model.pt of a run: {str(error)[:80]}") from error
-    if not isinstance(model, dict) or model.keys() != {"arch", "size", "classes", "student"}:
-        raise UserError(f"{path} is not the model.pt of a run")
-    return tclip.load_student(path)
+    written = export.export_student(*files.load_student(model), Path(model))
+    print(f"wrote {' and '.join(map(str, written))}")

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import tclip
+from tclip_app.files import write_whole
 
 
 class Exported(nn.Module):
@@ -37,7 +37,7 @@ def export_student(student, classes, path):
         )  # fmt: skip
     program.model.metadata_props.update(about)
     onnx, tensors = path.with_suffix(".onnx"), path.with_suffix(".safetensors")
-    tclip.write_whole(onnx, lambda draft: draft.write(program.model_proto.SerializeToString()))
+    write_whole(onnx, lambda draft: draft.write(program.model_proto.SerializeToString()))
     weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
-    tclip.write_whole(tensors, lambda draft: draft.write(safetensors.torch.save(weights, about)))
+    write_whole(tensors, lambda draft: draft.write(safetensors.torch.save(weights, about)))
     return onnx, tensors

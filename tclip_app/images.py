@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import tclip
 from tclip import UserError
+from tclip_app.files import write_whole
 
 SYSTEM_FILES = r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini"  # that macOS and Windows lay into folders of images
 # What Pillow raises on broken files: seen on 36,000 of them, with its versions 10.1 and 13. A KeyError, say, is a bug.
@@ -35,7 +36,7 @@ FORMATS = [name for name in Image.ID if name != "EPS"]  # EPS is a program, whic
 
 def tell(message):
     """A remark on stderr, which does not break the progress bar."""
-    tqdm.write(f"tclip: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(" ".join(message.splitlines()), file=sys.stderr)
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ class KeptFeatures:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             keys = np.frombuffer(b"".join(self.rows), np.uint8).reshape(-1, 20)
             kept = dict(keys=keys, features=np.stack(list(self.rows.values())), probe=self.probe)
-            tclip.write_whole(self.file, lambda draft: np.savez(draft, **kept))
+            write_whole(self.file, lambda draft: np.savez(draft, **kept))
             self.new, self.saved = 0, time.monotonic()
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import string
 from collections import Counter
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
@@ -18,11 +19,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import confusion_matrix
+from torchvision.datasets import CIFAR10
 from torchvision.transforms import functional as TF
 
 import tclip
 from tclip import UserError
 from tclip_app import answers, images
+from tclip_app.files import write_whole
 
 SHOWN = 24  # images in a grid: its 3, 6 or 8 columns are full
 SAME_KIND = SHOWN // 3  # of them at most so many with the same old and new name
@@ -36,7 +39,7 @@ def write_report(folder):
     body = "\n".join(section(run) for section in sections)
     template = string.Template(resources.files("tclip_app").joinpath("report.html").read_text(encoding="utf-8"))
     page = template.substitute(title=text(f"tclip: {run.config['dataset']}"), body=body)
-    tclip.write_whole(path, lambda draft: draft.write(page), "w")
+    write_whole(path, lambda draft: draft.write(page), "w")
     return path
 
 
@@ -80,10 +83,13 @@ class Run:
             with images.quiet():
                 read = [images.read_image(files[name], root) if name in files else None for name in names]
             return [None if isinstance(image, str) else image for image in read]
-        if self.config["dataset"] != "digits" and not root.is_dir():
-            return [None] * len(shown)  # a report downloads nothing
-        source, known = tclip.open_dataset(self.config["dataset"], self.config["root"])
-        where = {name: i for i, name in enumerate(known)}
+        source = []
+        if self.config["dataset"] == "digits":
+            source = tclip.handwritten_digits(train=True)
+        elif self.config["dataset"] == "cifar10":
+            with suppress(RuntimeError):  # it is not there: a report downloads nothing
+                source = CIFAR10(root)
+        where = {f"{number:05d}": i for i, number in enumerate(getattr(source, "indices", range(len(source))))}
         return [source[where[name]][0] if name in where else None for name in names]
 
 
@@ -166,16 +172,12 @@ def headline(run):
     facts += [f"{count(round(summary['seconds']), 'second')} on {text(summary['device'])}"]
     facts = " · ".join(f"<span>{fact}</span>" for fact in facts)
     tiles = "\n".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
-    return (
-        f"<header>\n<p class=facts>{facts}</p>\n<h1>{title}</h1>\n<p class=lead>{lead}</p>\n"
-        f"<dl class=tiles>\n{tiles}\n</dl>\n</header>"
-    )
+    title = f"<p class=facts>{facts}</p>\n<h1>{title}</h1>\n<p class=lead>{lead}</p>"
+    return f"<header>\n{title}\n<dl class=tiles>\n{tiles}\n</dl>\n</header>"
 
 
-NO_TRUTH = (
-    "Agreement is not accuracy: it says how often the student kept its teacher’s name, not which of the two is right. "
-    "No true class is known here; the images below are there for your own judgement."
-)
+NO_TRUTH = """Agreement is not accuracy: it says how often the student kept its teacher’s name, not which of the two is
+right. No true class is known here; the images below are there for your own judgement."""
 
 
 def verdict(before, after):
@@ -189,10 +191,11 @@ def verdict(before, after):
 
 
 def curves(run):
-    """Losses and changed labels over the epochs."""
+    """Losses, changed labels and candour over the epochs."""
     figure, captions = Figure((11, 2.8), layout="constrained"), []
     epochs = [int(row["epoch"]) for row in run.history]
-    for ax, columns in zip(figure.subplots(1, 2), (["loss", "classification", "contrastive"], ["labels_changed"])):
+    kinds = ["loss", "classification", "contrastive"], ["labels_changed", "candour"]
+    for ax, columns in zip(figure.subplots(1, 2), kinds):
         for column in columns:
             values, name = [float(row[column]) for row in run.history], column.replace("_", " ")
             ax.plot(epochs, values, marker="." if len(epochs) == 1 else None, label=name)
@@ -202,7 +205,7 @@ def curves(run):
         ax.legend()
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata=dict(Date=None))
-    lead = "The losses should fall, then level off; the labels should move, then settle."
+    lead = "The losses should fall, the labels move, then settle. Candour: how far the teacher’s answers count."
     caption = ", ".join(captions)
     picture = f'<img class=wide src="{data_uri(file.getvalue(), "svg+xml")}" alt="{caption}">'
     return section("How the training went", lead, f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
@@ -280,10 +283,8 @@ def surest_changes(run):
         kinds[run.teacher[i], run.label[i]] += 1
         if kinds[run.teacher[i], run.label[i]] <= SAME_KIND and len(shown) < SHOWN:
             shown.append(i)
-    lead = (
-        f"{count(len(changed), 'image')} ended with another label than the teacher’s. These are the surest, at most "
-        f"{SAME_KIND} of one kind: the teacher’s name, the new one, and how sure the label is."
-    )
+    lead = f"{count(len(changed), 'image')} ended with another label than the teacher’s. These are the surest, at most "
+    lead += f"{SAME_KIND} of one kind: the teacher’s name, the new one, and how sure the label is."
     captions = [
         f"<s>{run.name(run.teacher[i])}</s><b>{run.name(run.label[i])}</b>"
         f"<em>{percent(run.sure[''][i], 0)}{verified(run, i, run.label[i])}</em>"
@@ -300,10 +301,8 @@ def least_sure(run):
         f"<span>teacher: {run.name(run.teacher[i])}</span><em>{verified(run, i, run.student[i])}</em>"
         for i in shown
     ]
-    lead = (
-        "If you label a few images by hand, or look for ones that belong to no class, begin with these: the student’s "
-        "name, how sure it is, and the teacher’s name."
-    )
+    lead = "To label a few images by hand, or to find ones of no class, begin here: the student’s name, how sure it is,"
+    lead += " and the teacher’s name."
     return section("Where the student is least sure", lead, grid(run, shown, captions))
 
 
@@ -330,9 +329,8 @@ def grid(run, shown, captions):
             image.save(file, "png" if small else "jpeg", **(dict(optimize=True) if small else dict(quality=85)))
             uri = data_uri(file.getvalue(), "png" if small else "jpeg")
             shape = f'<img src="{uri}" width={width} height={width} alt="{name}" title="{name}">'
-        figures.append(
-            f"<figure>{shape or f'<small><bdi>{name}</bdi></small>'}<figcaption>{caption}</figcaption></figure>"
-        )
+        shape = shape or f"<small><bdi>{name}</bdi></small>"
+        figures.append(f"<figure>{shape}<figcaption>{caption}</figcaption></figure>")
     gone = "<p class=lead>Some images are no longer where the run found them.</p>" * (None in pictures)
     return f'{gone}<div class="grid {"pixels" if small else "photos"}">\n' + "\n".join(figures) + "\n</div>"
 

@@ -2,8 +2,9 @@
 
 import atexit
 import json
+import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import tclip
 from tclip import UserError, setting
 from tclip_app import answers, images
+from tclip_app.files import check_folder, load, write_whole
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Settings(tclip.Config):
 ALL = {f.name: f for f in fields(Settings)}
 OWN = [ALL[name] for name in ("classes", "templates", "pseudo_labels", "truth", "size", "strict", "memory")]
 METHOD = [f for f in ALL.values() if f not in OWN and f.name not in ("dataset", "root")]
-PLACES = "root", "cache", "device", "memory", "pseudo_labels", "truth"  # that say where, not what
+PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "truth"}  # that say where, not what
 
 
 def begin(given):
@@ -52,24 +54,49 @@ def begin(given):
     prompts = answers.listed(given["templates"]) if "templates" in given else ["a photo of a {}.", "a photo of the {}."]
     if not all("{}" in prompt for prompt in prompts):
         raise UserError('--templates: each needs {} for the class name, as "a photo of a {}."')
-    if Path(given.get("out", "runs")).resolve().is_relative_to(root):
+    check_prior(given.get("class_prior", "none"), classes)
+    out = given.get("out", "runs")
+    check_folder(out)
+    if Path(out).resolve().is_relative_to(root):
         raise UserError(f"the results would lie among the images in {root}: choose another --out")
     given |= dict(dataset=root.stem if root.is_file() else root.name)
     given |= dict(classes="\n".join(classes), templates="\n".join(prompts))
     return Settings(**dict(size=given.get("size") or images.usual_size(root)) | given)
 
 
+def check_prior(prior, classes):
+    """UserError: these are no shares of the classes, as Config.class_prior has them."""
+    try:
+        shares = [] if prior in ("none", "uniform") else [float(share) for share in prior.split(",")]
+    except ValueError:
+        shares = [0]
+    if shares and (len(shares) != len(classes) or not all(0 < share < math.inf for share in shares)):
+        raise UserError(f"--class-prior {prior}: uniform, or {len(classes)} numbers above 0: {', '.join(classes[:20])}")
+
+
 def resume(run, given):
-    """The Settings of the run in that folder, which goes on; where things lie may be given anew."""
-    return tclip.resume(Settings, run, absolute(given), PLACES)
+    """The Settings of the run in that folder, which goes on; where things lie may be given anew.
+
+    UserError: other settings are given, there is no such run, or its checkpoint is damaged.
+    """
+    if fixed := given.keys() - PLACES:
+        raise UserError(f"--resume takes --{min(fixed).replace('_', '-')} from {run}/config.json: leave it out")
+    try:
+        begun = json.loads(Path(run, "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {run}: no run that has begun, its config.json cannot be read: {error}") from error
+    if not isinstance(begun, dict) or begun.keys() != ALL.keys():
+        raise UserError(f"--resume {run}: its config.json is of another command or version")
+    if Path(run, "checkpoint.pt").exists():
+        load(Path(run, "checkpoint.pt"), "student", "optimizer", "labels", "history")
+    check_folder(run)
+    return Settings(**begun | absolute(given) | dict(out=run))
 
 
 def absolute(given):
     """The settings with whole paths: a run can go on from another folder."""
-    paths = {
-        name: given[name] for name in ("root", "pseudo_labels", "truth") if given.get(name) not in (None, "folders")
-    }
-    return given | {name: os.path.abspath(path) for name, path in paths.items()}
+    places = [name for name in ("root", "pseudo_labels", "truth") if given.get(name) not in (None, "folders")]
+    return given | {name: os.path.abspath(given[name]) for name in places}
 
 
 def read(config):
@@ -81,7 +108,7 @@ def read(config):
     if config.pseudo_labels:
         features, said = None, answers.read_pseudo_labels(config.pseudo_labels, classes)
     else:
-        clip = tclip.Clip(config.clip, tclip.pick_device(config.device))
+        clip = tclip.Clip(config.clip, config.device)
         prompts = tclip.text_classifier(clip.encode_texts, classes, config.templates.split("\n"))  # (C, D)
         features = images.KeptFeatures(clip, images.features_file(config.cache, config.dataset, clip.name))
     how = dict(memory=config.memory, strict=config.strict, as_file=world > 1)
@@ -93,17 +120,15 @@ def read(config):
         probs = tclip.zero_shot_probs(rows, prompts, clip.temperature)
     truth = answers.read_truth(config.truth, names, classes)
     if world > 1:
-        shared, tables = (
-            out / "shared.npz",
-            dict(probs=probs, truth=truth) | (dict() if rows is None else dict(features=rows)),
-        )
+        tables = dict(probs=probs, truth=truth) | (dict() if rows is None else dict(features=rows))
+        shared = out / "shared.npz"
         atexit.register(shared.unlink, missing_ok=True)
-        tclip.write_whole(shared, lambda draft: np.savez(draft, **tables))
+        write_whole(shared, lambda draft: np.savez(draft, **tables))
     return tclip.Images(names, pixels, truth, probs, rows), None, classes
 
 
 def same_images(config, names):
-    """Note the images, and where they lie, in the run's folder. UserError: it began with other ones."""
+    """Note the images in the run's folder. UserError: it began with other ones."""
     file = Path(config.out, "images.json")
     if file.exists():
         before, now = set(json.loads(file.read_text(encoding="utf-8"))), set(names)
@@ -113,8 +138,7 @@ def same_images(config, names):
                     f"{config.out} began with other images than {config.root} holds: {len(others)} {what}, such as "
                     f"{min(others)}. Begin a new run, or give the folder: tclip train FOLDER --resume {config.out}"
                 )
-    tclip.write_whole(file, partial(json.dump, names), "w")
-    tclip.write_whole(file.with_name("config.json"), partial(json.dump, asdict(config), indent=1), "w")
+    write_whole(file, partial(json.dump, names), "w")
 
 
 def taken_over(config):

@@ -3,10 +3,10 @@
 import csv
 import importlib
 import json
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -131,107 +131,67 @@ def reference():
     return find
 
 
-NURSERY = """
-import atexit, json, os, signal, sys, traceback
-import open_clip, sklearn.datasets, tclip_app.cli
-for line in sys.stdin:
-    job = json.loads(line)
-    if "poll" in job:
-        pid, status = os.waitpid(job["poll"], os.WNOHANG)
-        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
-        continue
-    pid = os.fork()
-    if pid:
-        print(pid, flush=True)
-        continue
-    code = 1
-    try:
-        os.setsid()
-        os.chdir(job["cwd"])
-        for stream, file in enumerate((os.devnull, job["log"], job["log"])):
-            os.dup2(os.open(file, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        exec(job["code"], {"__name__": "__main__"})
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        print(stop.code if isinstance(stop.code, str) else "", file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    atexit._run_exitfuncs()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
-"""
-
-
 class Child:
-    """A process of the nursery, the first of a group of its own."""
+    """A process of the command, the first of a group of its own, whose streams both go to a file."""
 
-    def __init__(self, ask, pid, log):
-        self.ask, self.pid, self.log, self.code = ask, pid, log, None
+    def __init__(self, fork, code, cwd, log):
+        self.log, self.process = log, fork.Process(target=Child.work, args=(code, str(cwd), str(log)))
+        self.process.start()
+
+    @staticmethod
+    def work(code, cwd, log):
+        os.setsid()
+        os.chdir(cwd)
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        exec(code, {"__name__": "__main__"})
 
     @property
     def output(self):
-        """What it has printed so far, on both streams."""
+        """What it has printed so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     @property
-    def ended(self):
-        if self.code is None:
-            self.code = self.ask(poll=self.pid)
-        return self.code is not None
+    def code(self):
+        """Its exit code, minus the number of the signal that killed it, or None."""
+        return self.process.exitcode
 
     def send(self, number):
         """A signal to it and to its workers, as a terminal sends Ctrl-C."""
-        os.killpg(self.pid, number)
+        os.killpg(self.process.pid, number)
 
     def wait_until(self, true, seconds=120):
         """Wait until something holds, or the process has ended."""
         deadline = time.monotonic() + seconds
-        while not true() and not self.ended:
+        while not true() and self.code is None:
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
                 pytest.fail(f"it hangs: {self.output}")
             time.sleep(0.002)
 
     def wait(self):
-        """Its exit code: minus the number of the signal that killed it."""
+        """Its exit code, once it has ended."""
         self.wait_until(lambda: False)
         return self.code
 
 
-class Nursery:
-    """Processes that have imported tclip already, each a fork of one that waits: a fresh one would need seconds."""
-
-    def __init__(self, logs):
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-c", NURSERY]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=logs)
-        self.process = subprocess.Popen(command, env=os.environ | dict(PYTHONPATH=path), **pipes)
-        self.logs, self.started = logs, 0
-
-    def ask(self, **job):
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, code, cwd):
-        """A process that executes this code in that folder."""
-        self.started += 1
-        log = self.logs / f"{self.started}.log"
-        return Child(self.ask, self.ask(code=code, cwd=str(cwd), log=str(log)), log)
-
-    def tclip(self, *arguments, cwd, before=""):
-        """A process of the command `tclip`, which executes the code `before` first."""
-        argv = [str(argument) for argument in arguments]
-        return self.start(f"import tclip, tclip_app.cli\n{before}\ntclip_app.cli.main({argv!r})", cwd)
-
-
 @pytest.fixture(scope="session")
 def nursery(tmp_path_factory):
-    if not hasattr(os, "fork"):
+    """nursery.tclip("train", "photos", cwd=folder) starts the command `tclip`, which executes the code `before` first;
+    nursery.start(code, folder) any code. Each is the fork of a process that has imported tclip: else it took seconds."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("there is no fork")
-    nursery = Nursery(tmp_path_factory.mktemp("logs"))
-    yield nursery
-    nursery.process.stdin.close()
-    nursery.process.wait()
+    fork, logs = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("logs")
+    fork.set_forkserver_preload(["conftest", "open_clip", "sklearn.datasets", "tclip_app.cli"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+        multiprocessing.forkserver.ensure_running()
+
+    def start(code, cwd):
+        return Child(fork, code, cwd, logs / f"{time.monotonic_ns()}.log")
+
+    def tclip(*arguments, cwd, before=""):
+        argv = [str(argument) for argument in arguments]
+        return start(f"import tclip, tclip_app.cli\n{before}\ntclip_app.cli.main({argv!r})", cwd)
+
+    return types.SimpleNamespace(start=start, tclip=tclip)

@@ -1,5 +1,6 @@
 """The baselines, against plain implementations of what is published."""
 
+import inspect
 import math
 import sys
 from dataclasses import replace
@@ -113,7 +114,8 @@ def test_elr():
 
 @pytest.mark.parametrize("name, temperature", [("SimCLR + CE", 0.5), ("SupCon + CE", 0.1)])
 def test_contrast(name, temperature):
-    """SimCLR's and SupCon's published losses in loops, beside cross-entropy."""
+    """SimCLR's and SupCon's published losses in loops, beside cross-entropy. SimCLR's is what C3L is where no image
+    shares a class with another."""
     logits, z = random_logits(6), F.normalize(random_logits(6, seed=1), dim=1)
     cross_entropy, contrastive = METHODS[name].objective()(logits, z, INDEX, fixed_labels(), settings())
     torch.testing.assert_close(cross_entropy, F.cross_entropy(logits, torch.tensor(ROWS)))
@@ -124,6 +126,9 @@ def test_contrast(name, temperature):
         for j in positives:
             total -= math.log(s[i, j].exp() / sum(s[i, k].exp() for k in others)) / len(positives)
     assert contrastive.item() == pytest.approx(total / 6, rel=1e-5)
+    if name == "SimCLR + CE":
+        c3l = tclip.class_conditional_contrastive_loss(z, torch.eye(3), temperature)
+        torch.testing.assert_close(contrastive, c3l)
 
 
 def test_exchange():
@@ -248,10 +253,55 @@ def test_division_is_the_others(monkeypatch):
     torch.testing.assert_close(both.eval()(torch.ones(2, 3, 8, 8))[0], sum(logits) / 2)
 
 
+def other_labels(name, n=20):
+    """The labels after one step of the rule of the entry `name` of STUDY, n images; their answers and neighbours."""
+    _, probs, features = coloured(n, CLASSES)
+    probs = probs**2 / (probs**2).sum(1, keepdim=True) * torch.tensor([1.0, 0.7, 0.4])
+    probs = probs / probs.sum(1, keepdim=True)
+    with baselines.exchanged(STUDY[name].rule):
+        labels = tclip.EnsembleLabels(probs, momentum=0.0, neighbours=3)
+        labels.update(slice(None), probs, features)
+    return labels.targets(slice(None)), labels.candour.item(), probs, tclip.neighbour_mean(features, probs, 3)
+
+
+@pytest.mark.parametrize("name", [name for name, method in STUDY.items() if "bayes_rule" in method.rule])
+def test_other_rules(name):
+    """q ~ prior^candour x likelihood^sharpness as the entry's name says, in loops."""
+    q, candour, answers, near = other_labels(name)
+    of = {key: p.default for key, p in inspect.signature(tclip.bayes_rule).parameters.items()}
+    sharpness = float(name.split()[1]) if "sharpness" in name else of["sharpness"]
+    mass, mean = answers.mean(0).tolist(), answers.mean(0).tolist()
+    assert 0 < candour < 1
+    for i in range(len(q)):
+        row = []
+        for c in range(CLASSES):
+            prior = answers[i, c].item() if "prior" in name else mass[c] * answers[i, c].item() / mean[c]
+            likelihood = (near[i, c].item() + of["smoothing"] * mass[c]) / (1 if "mass" in name else mass[c])
+            row.append(prior**candour * likelihood**sharpness)
+        assert q[i].tolist() == pytest.approx([value / sum(row) for value in row], abs=2e-3)  # answers are float16
+
+
+def test_other_starts():
+    """Candour is fixed where it is; one round is one step from the answers; and tclip's own rule is back afterwards."""
+    own = tclip.bayes_rule, tclip.candour, tclip.EnsembleLabels
+    assert other_labels("candour 0")[1] == 0 and other_labels("candour 1")[1] == 1
+    _, probs, features = coloured(20, CLASSES)
+    rule = 0.5, 3, torch.tensor([0.2, 0.3, 0.5])
+    once, step = baselines.OneRound(probs, features, *rule), tclip.EnsembleLabels(probs, None, *rule)
+    step.update(slice(None), step.targets(slice(None)), features)
+    assert torch.equal(once.table, step.table) and torch.equal(once.answers, once.table)
+    with pytest.raises(ZeroDivisionError), baselines.exchanged(STUDY["candour 1"].rule):
+        assert tclip.candour is not own[1]
+        1 / 0
+    assert own == (tclip.bayes_rule, tclip.candour, tclip.EnsembleLabels)
+
+
 @pytest.mark.parametrize("name", METHODS | STARTED | STUDY)
 def test_every_method(name):
-    """Two epochs give finite predictions of every image; no truth is touched; labels stay where they are fixed."""
-    method, config = (METHODS | STARTED | STUDY)[name], settings(epochs=2, class_prior="uniform")
+    """Two epochs give finite predictions of every image, without the truth; labels stay where they are fixed, and what
+    is changed of tclip changes its labels."""
+    method, prior = (METHODS | STARTED | STUDY)[name], "none" if name in STUDY else "uniform"
+    config = settings(epochs=2, class_prior=prior)
     student, labels = method.run(config, images())
     probs = tclip.predict(student, images().pixels)
     assert probs.shape == (N, CLASSES) and probs.isfinite().all()
@@ -261,9 +311,11 @@ def test_every_method(name):
     if method.two_networks:
         assert labels is None
     elif method.settings.get("label_momentum") == 1 and "ELR" not in name:
-        start = tclip.EnsembleLabels(images().probs, images().features, 0.5, 3, "uniform").table.float()
-        begun = start if method.started or method.features else images().probs
-        torch.testing.assert_close(labels, method.targets(begun).half().float())
+        begun, shares = images().probs, torch.full((CLASSES,), 1 / CLASSES)
+        if method.started:
+            begun = tclip.EnsembleLabels(begun, images().features, 0.5, 3, shares).targets(slice(None))
+        known = shares if prior == "uniform" and "class_prior" not in method.settings else None
+        fixed = tclip.EnsembleLabels(method.targets(begun), None, 1, 3, known)
+        assert torch.equal(labels, fixed.targets(slice(None)))
     else:
-        assert labels.shape == (N, CLASSES)
-        assert "80" in name or not torch.equal(labels, images().probs.half().float())  # 80: more than there are
+        assert torch.equal(labels, METHODS["tclip"].run(config, images())[1]) == (name == "tclip")

@@ -24,7 +24,8 @@ def plain_loop(config, pixels, probs, features):
     """The method in a loop of its own: SGD, schedule and batches by hand."""
     torch.manual_seed(config.seed)
     student = Student(config.arch, probs.shape[1], config.size).to(memory_format=torch.channels_last)
-    labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, config.class_prior)
+    shares = dict(none=None, uniform=torch.full((3,), 1 / 3)).get(config.class_prior, torch.tensor([0.5, 0.3, 0.2]))
+    labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, shares)
     weights, velocity = list(student.parameters()), {}
     steps, done = math.ceil(len(pixels) / config.batch_size), 0
     for epoch in range(config.epochs):
@@ -35,7 +36,7 @@ def plain_loop(config, pixels, probs, features):
             with torch.autocast("cpu", torch.bfloat16, enabled=tclip.has_fast_bfloat16(torch.device("cpu"))):
                 logits, z = student(views.contiguous(memory_format=torch.channels_last))
             targets, logits = labels.targets(index), logits.float()
-            c3l = tclip.class_conditional_contrastive_loss(z, targets, config.temperature, 1 - labels.trust)
+            c3l = tclip.class_conditional_contrastive_loss(z, targets, config.temperature, config.class_share)
             loss = F.cross_entropy(logits, torch.cat([targets, targets])) + config.c3l_weight * c3l
             progress = (done + 0.5) / (steps * config.epochs)
             warm, cosine = progress / 0.05, (1 + math.cos(math.pi * progress)) / 2
@@ -53,8 +54,8 @@ def plain_loop(config, pixels, probs, features):
 
 def test_plain_loop():
     """train() is that loop, to the bit, by usual settings and by others, whose student is another."""
-    usual = settings(lr=1.0, class_prior="uniform")
-    other = settings(seed=3, c3l_weight=0.3, temperature=0.2, label_momentum=0.1, weight_decay=0.05, views="photo")
+    usual, changes = settings(lr=1.0), dict(class_prior="5,3,2", label_momentum=0.1, weight_decay=0.05, views="photo")
+    other = settings(seed=3, c3l_weight=0.3, temperature=0.2, class_share=0.9, **changes)
     results = [train(config, *coloured()) for config in (usual, other)]
     for result, config in zip(results, (usual, other)):
         assert same(result, plain_loop(config, *coloured()))
@@ -67,7 +68,7 @@ def test_truth_is_not_read(tmp_path):
     truth, results = torch.arange(37) % 3, []
     for i, known in enumerate((truth, truth.flip(0), torch.full((37,), -1))):
         images = Images([str(i) for i in range(37)], pixels, known, probs, features)
-        _, summary = tclip.run(settings(out=str(tmp_path / str(i))), lambda _, images=images: (images, images, "rgb"))
+        summary = tclip.run(settings(out=str(tmp_path / str(i))), lambda _, images=images: (images, images, "rgb"))
         assert (summary["unlabeled_student_accuracy"] is None) == (known.max() < 0)
         rows = rows_of(tmp_path / str(i) / "labels.csv") + rows_of(tmp_path / str(i) / "metrics.csv")
         rows = [{key: value for key, value in row.items() if key not in ("truth", "seconds")} for row in rows]
@@ -93,41 +94,57 @@ def compare_resumed(folder):
     return epochs
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("step, again", [(2, [1, 2, 3, 4]), (5, [2, 3, 4]), (10, [4])])  # an epoch has three
 def test_interrupted(tmp_path, step, again):
-    """Stopped in the middle of an epoch and begun again: that epoch is done again, those before are not."""
-    (tmp_path / "run").mkdir()
+    """Stopped in the middle of an epoch and begun again: that epoch is done again, those before are not. A checkpoint
+    of another number of images or classes is no beginning, and is not written over."""
+    (run := tmp_path / "run").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        objective = stop_at(step, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-        train(settings(lr=1.0), *coloured(), tmp_path / "run", objective)
-    assert compare_resumed(tmp_path / "run") == again
-    assert compare_resumed(tmp_path / "run") == []  # a finished run comes back without a step
+        train(settings(lr=1.0), *coloured(), run, stop_at(step, interrupt))
+    assert compare_resumed(run) == again
+    kept = (run / "checkpoint.pt").read_bytes()
+    assert compare_resumed(run) == []  # a finished run comes back without a step
+    for other in (coloured(30), coloured(classes=4)):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            train(settings(epochs=5), *other, run)
+    assert (run / "checkpoint.pt").read_bytes() == kept
 
 
 def test_killed(tmp_path, nursery):
     """The same after kill -9."""
     (tmp_path / "run").mkdir()
-    code = """
-import sys, time, pathlib; sys.path.insert(0, {!r})
+    child = nursery.start(
+        """import pathlib, time
 from test_training import *
 objective = stop_at(8, lambda: (pathlib.Path("here").touch(), time.sleep(100)))
-train(settings(lr=1.0), *coloured(), pathlib.Path("run"), objective)"""
-    child = nursery.start(code.format(str(tclip.Path(__file__).parent)), tmp_path)
+train(settings(lr=1.0), *coloured(), pathlib.Path("run"), objective)""",
+        tmp_path,
+    )
     child.wait_until((tmp_path / "here").exists)
     child.send(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, child.output
     assert compare_resumed(tmp_path / "run") == [3, 4]
 
 
-def test_checkpoint_of_another_run(tmp_path):
-    """Whose images are others: told, and nothing is written over."""
-    pixels, probs, features = coloured()
-    train(settings(epochs=1), pixels, probs, features, tmp_path)
-    kept = (tmp_path / "checkpoint.pt").read_bytes()
-    for other in ((pixels[:30], probs[:30], features[:30]), (pixels, probs[:, :2], features)):
-        with pytest.raises(UserError, match="checkpoint.pt is of another run"):
-            train(settings(epochs=2), *other, tmp_path)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+def test_full_disk(tmp_path):
+    """The error is told, and the checkpoint of before stays whole. (A limit on the size of files stands for the disk.)"""
+    resource = pytest.importorskip("resource")
+    (run := tmp_path / "run").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(row, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if row["epoch"] == 3 else soft, hard))
+
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            train(settings(lr=1.0), *coloured(), run, on_epoch=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert compare_resumed(run) == [3, 4]
 
 
 def test_loss_not_finite(tmp_path):
@@ -144,6 +161,7 @@ def test_metrics_and_objective(tmp_path):
     def on_epoch(row, student, labels):
         rows.append(row)
         changed.append((labels.table.argmax(1) != coloured()[1].argmax(1)).float().mean().item())
+        assert row["candour"] == labels.candour
 
     def objective(logits, z, index, labels, config):
         losses.append(torch.stack([logits.square().mean(), 1 + z.mean()]))
@@ -161,14 +179,12 @@ def test_metrics_and_objective(tmp_path):
 
 
 def test_tclip_objective(monkeypatch):
-    """Cross-entropy of both views and lambda times the contrastive loss, by the share that it is asked for; at weight 0
-    that is not computed at all."""
+    """Cross-entropy of both views and lambda times the contrastive loss; at weight 0 that is not computed at all."""
     logits, z, index = torch.randn(8, 3), F.normalize(torch.randn(8, 5), dim=1), torch.tensor([5, 0, 36, 7])
-    labels = EnsembleLabels(*coloured()[1:])
+    labels, config = EnsembleLabels(*coloured()[1:]), settings(c3l_weight=0.3, class_share=0.25)
     targets = labels.targets(index)
-    classification, contrastive = tclip.tclip_objective(logits, z, index, labels, settings(c3l_weight=0.3), 0.25)
-    expected = -(targets.repeat(2, 1) * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(classification, expected)
+    classification, contrastive = tclip.tclip_objective(logits, z, index, labels, config)
+    torch.testing.assert_close(classification, -(targets.repeat(2, 1) * logits.log_softmax(1)).sum(1).mean())
     torch.testing.assert_close(contrastive, 0.3 * tclip.class_conditional_contrastive_loss(z, targets, 0.5, 0.25))
     monkeypatch.setattr(tclip, "class_conditional_contrastive_loss", None)
     alone = tclip.tclip_objective(logits, z, index, labels, settings(c3l_weight=0.0))
@@ -183,24 +199,6 @@ def test_any_number_of_images(n):
     assert predict(student, pixels).isfinite().all() and not student.training
     assert labels.table.shape == (n, 3) and labels.table.isfinite().all()
     assert all(torch.equal(*pair) for pair in zip(given, coloured(n)))
-
-
-def test_fixed_labels():
-    """At momentum 1 the labels stay what they were at the start."""
-    _, labels = train(settings(label_momentum=1.0), *coloured())
-    assert torch.equal(labels.table, EnsembleLabels(*coloured()[1:], 1.0, 3, "none").table)
-    assert not torch.equal(train(settings(), *coloured())[1].table, labels.table)
-
-
-def test_it_learns():
-    """On colours that are easily told apart, the student is right far more often than its teacher."""
-    pixels, _, features = coloured(300)
-    truth = torch.arange(300) % 3
-    said = truth.clone()
-    said[torch.randperm(300, generator=torch.Generator().manual_seed(0))[:100]] += 1
-    probs = F.one_hot(said % 3, 3) * 0.8 + 0.2 / 3  # right about 2/3
-    student, _ = train(settings(epochs=8, lr=0.5, views="photo"), pixels, probs, features)
-    assert (predict(student, pixels).argmax(1) == truth).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

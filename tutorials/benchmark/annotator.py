@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import tclip
+from tclip_app.files import write_whole
 
 BENT = {  # class: (a similar one, towards which its prototype is moved, and how far; it then takes images of that)
     "AnnualCrop": ("Pasture", 0.5),
@@ -55,7 +56,7 @@ def simulated_annotator(images, classes, root, labeled=9000, epochs=24):
         scores = features @ bend(F.normalize(means, dim=1), classes).T  # (N, C), cosines
         temperature = calibrated_temperature(scores[calibration], images.truth[calibration])
         answers = (scores / temperature).softmax(1).numpy()
-        tclip.write_whole(kept, lambda draft: np.savez(draft, probs=answers))
+        write_whole(kept, lambda draft: np.savez(draft, probs=answers))
     with np.load(kept) as arrays:
         probs = torch.from_numpy(arrays["probs"])
     return unlabeled, heldout, probs

@@ -8,9 +8,11 @@ and so is the training step, tclip.train(): a method is its targets and its obje
 two networks, in loops of their own. No method reads the truth. Hyperparameters of the others are those of their papers.
 """
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -65,11 +67,25 @@ def classify(logits, z, index, labels, config, loss=F.cross_entropy):
     return loss(logits, labels.targets(index).repeat(2, 1)), torch.zeros((), device=logits.device)
 
 
-def contrast(logits, z, index, labels, config, class_share, temperature):
-    """Cross-entropy and a contrastive loss that pushes all others. class_share 0: SimCLR's, 1: SupCon's."""
+def contrast(logits, z, index, labels, config, by_class, temperature):
+    """Cross-entropy and contrastive_loss(): SupCon's where images of one class are positives, otherwise SimCLR's."""
     targets = labels.targets(index)
-    z_loss = tclip.class_conditional_contrastive_loss(z, targets, temperature, class_share, negatives="all")
-    return F.cross_entropy(logits, targets.repeat(2, 1)), z_loss
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)  # (2B, 2B)
+    classes = targets.argmax(1).repeat(2)  # (2B,)
+    positives = (classes[:, None] == classes) & ~itself if by_class else itself.roll(len(index), 0)
+    return F.cross_entropy(logits, targets.repeat(2, 1)), contrastive_loss(z, positives, temperature)
+
+
+def contrastive_loss(z, positives, temperature):
+    """- log( exp(s_ij) / sum_k exp(s_ik) ), s_ij = <z_i, z_j> / temperature, all others k: the mean over the positives
+    j of a row, and then over the rows.
+
+    z: unit rows (2B, D). positives: bool (2B, 2B), at least one a row and never itself. With the other view of the same
+    image it is SimCLR's (Chen et al. 2020), with all images of the class SupCon's (Khosla et al. 2020).
+    """
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    shares = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(itself, 0)
+    return -((positives * shares).sum(1) / positives.sum(1)).mean()
 
 
 def gce(logits, targets, q=0.7):
@@ -119,7 +135,7 @@ class ELR:
 def new_student(config, images, classes):
     """A Student on its device, and its optimiser, as in tclip.train()."""
     student = tclip.Student(config.arch, classes, images.pixels.shape[-1])
-    student.to(tclip.pick_device(config.device), memory_format=torch.channels_last)
+    student.to(torch.device(config.device), memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
     return student, optimizer
 
@@ -179,7 +195,7 @@ def co_teaching(config, images, probs, forget_epochs=10):
     torch.manual_seed(config.seed)
     (first, optimizer), (second, other) = (new_student(config, images, probs.shape[1]) for _ in range(2))
     optimizer.add_param_group(other.param_groups[0])  # the losses have no network in common: one step does
-    device, forget_rate = tclip.pick_device(config.device), 1 - probs.amax(1).mean().item()
+    device, forget_rate = torch.device(config.device), 1 - probs.amax(1).mean().item()
     pixels, labels = images.pixels.to(device), probs.argmax(1).to(device)
     for epoch in range(config.epochs):
         first.train(), second.train()
@@ -209,7 +225,7 @@ def divide_mix(config, images, probs, warm_up=10):
     """
     torch.manual_seed(config.seed)
     networks = [new_student(config, images, probs.shape[1]) for _ in range(2)]
-    device = tclip.pick_device(config.device)
+    device = torch.device(config.device)
     pixels, labels = images.pixels.to(device), probs.argmax(1).to(device)
     for epoch in range(config.epochs):
         believed = [torch.ones(len(pixels), device=device)] * 2
@@ -296,8 +312,9 @@ class Method:
 
     source: where it is published. targets: what is made of the teacher's probabilities. objective: makes the objective
     of a run; None: tclip's. settings: fields of Config. features: the teacher's image features are used as well.
-    started: the targets are made of the labels that tclip starts from. two_networks: in place of tclip.train(), a
-    function, (config, images, probs) -> network.
+    started: the targets are made of the labels that tclip starts from. rule: functions or classes of tclip.py by their
+    names, which are others during the run. two_networks: in place of tclip.train(), a function,
+    (config, images, probs) -> network.
     """
 
     source: str
@@ -306,6 +323,7 @@ class Method:
     settings: dict = field(default_factory=dict)
     features: bool = True
     started: bool = False
+    rule: dict = field(default_factory=dict)
     two_networks: Callable | None = None
 
     def run(self, config, images, on_epoch=None):
@@ -315,24 +333,36 @@ class Method:
         if self.two_networks:
             return self.two_networks(config, images, probs), None
         features, objective = images.features if self.features else None, self.objective and self.objective()
-        student, labels = tclip.train(config, images.pixels, probs, features, objective=objective, on_epoch=on_epoch)
-        return student, getattr(objective, "table", labels.table).float().cpu()
+        with exchanged(self.rule):
+            student, labels = tclip.train(config, images.pixels, probs, features, None, objective, on_epoch)
+        return student, F.normalize(getattr(objective, "table", labels.table).float(), p=1, dim=1).cpu()
+
+
+@contextmanager
+def exchanged(rule):
+    """Within it, these functions or classes of tclip.py, a dict by name, are in place of its own."""
+    own = {name: getattr(tclip, name) for name in rule}
+    vars(tclip).update(rule)
+    try:
+        yield
+    finally:
+        vars(tclip).update(own)
 
 
 def starting_labels(config, images):
-    """The labels (N, C) that tclip starts from: the teacher's answers, as far as its image features mend them."""
-    rule = config.label_momentum, config.label_neighbours, config.class_prior
-    return tclip.EnsembleLabels(images.probs, images.features, *rule).table.float()
+    """The labels (N, C) that tclip starts from: the teacher's answers, as far as its image features mend them.
+
+    config.class_prior: "none" or "uniform".
+    """
+    classes = images.probs.shape[1]
+    shares = {"none": None, "uniform": torch.full((classes,), 1 / classes)}[config.class_prior]
+    rule = config.label_momentum, config.label_neighbours, shares
+    return tclip.EnsembleLabels(images.probs, images.features, *rule).targets(slice(None))
 
 
 def fixed(source, targets, objective):
     """A method whose labels stay as they are given."""
     return Method(source, targets, objective, FIXED, features=False)
-
-
-def supcon(class_share, temperature):
-    """Cross-entropy and contrast() with these settings, on hard labels."""
-    return lambda: partial(contrast, class_share=class_share, temperature=temperature)
 
 
 METHODS = {
@@ -343,21 +373,23 @@ METHODS = {
     "GCE": fixed("Zhang and Sabuncu 2018", hard, lambda: partial(classify, loss=gce)),
     "SCE": fixed("Wang et al. 2019", hard, lambda: partial(classify, loss=sce)),
     "ELR": fixed("Liu et al. 2020", hard, ELR),
-    "SimCLR + CE": fixed("Chen et al. 2020", hard, supcon(class_share=0.0, temperature=0.5)),
-    "SupCon + CE": fixed("Khosla et al. 2020", hard, supcon(class_share=1.0, temperature=0.1)),
+    "SimCLR + CE": fixed("Chen et al. 2020", hard, lambda: partial(contrast, by_class=False, temperature=0.5)),
+    "SupCon + CE": fixed("Khosla et al. 2020", hard, lambda: partial(contrast, by_class=True, temperature=0.1)),
     "Co-teaching": Method("Han et al. 2018", two_networks=co_teaching),
     "DivideMix": Method("Li et al. 2020", two_networks=divide_mix),
     "tclip": Method("this project, after Huang et al. 2022"),
-    "tclip without C3L": Method("half of it", settings=dict(c3l_weight=0.0)),
-    "tclip with fixed labels": Method("the other half", settings=dict(label_momentum=1.0)),
-    "tclip without both": Method("its start alone", settings=dict(label_momentum=1.0, c3l_weight=0.0)),
+    "tclip without C3L": Method("its ensemble labels alone", settings=dict(c3l_weight=0.0)),
+    "tclip with fixed labels": Method("its C3L alone", settings=dict(label_momentum=1.0)),
+    "tclip without CLIP's features": Method("its labels follow the student alone", features=False),
 }
 
 # Baselines that get the same start of the labels as tclip: what comes of better labels, and what of better training.
 STARTED = {
     f"{name} on tclip's start": replace(METHODS[name], started=True)
     for name in ("cross-entropy", "soft labels", "GCE", "ELR", "SimCLR + CE", "SupCon + CE", "DivideMix")
-}
+} | {"tclip with fixed labels on its start": Method("C3L", settings=FIXED, features=False, started=True)}
+
+# ==== tclip with one thing changed ====================================================================================
 
 
 def changed(**settings):
@@ -366,33 +398,55 @@ def changed(**settings):
     return name, Method("this project", settings=settings)
 
 
-def pulling(class_share, negatives="other"):
-    """An entry of STUDY: tclip whose contrastive loss pulls by class to this share, and pushes those `negatives`."""
+def without_mass(answers, near, mass, candour, rule=tclip.bayes_rule):
+    """bayes_rule() with the likelihood n in place of n / pi: large classes take what lies between."""
+    sharpness = inspect.signature(rule).parameters["sharpness"].default
+    return F.normalize(rule(answers, near, mass, candour) * mass**sharpness, p=1, dim=1)
 
-    def objective(logits, z, index, labels, config):
-        targets = labels.targets(index)
-        c3l = tclip.class_conditional_contrastive_loss(z, targets, config.temperature, class_share, negatives)
-        return F.cross_entropy(logits, targets.repeat(2, 1)), config.c3l_weight * c3l
 
-    return f"pull by class {class_share} + push {negatives}", Method("this project", objective=lambda: objective)
+def without_prior(answers, near, mass, candour, rule=tclip.bayes_rule):
+    """bayes_rule() with T0 in place of pi T0 / mean T0: the teacher's answers as they are."""
+    return F.normalize(rule(answers, near, mass, candour) * (answers.mean(0) / mass) ** candour, p=1, dim=1)
+
+
+class OneRound(tclip.EnsembleLabels):
+    """Ensemble labels that follow the teacher's features once before training, not in 20 rounds."""
+
+    def __init__(self, probs, features=None, *rule):
+        super().__init__(probs, None, *rule)
+        if features is not None:
+            self.update(slice(None), self.targets(slice(None)), F.normalize(features.float(), dim=1))
+            self.answers.copy_(self.table)
+
+
+def ruled(**rule):
+    """tclip with these functions or classes in place of its own."""
+    return Method("this project", rule=rule)
 
 
 STUDY = {
     "tclip": METHODS["tclip"],
     "without C3L": METHODS["tclip without C3L"],
     "with fixed labels": METHODS["tclip with fixed labels"],
-    "without both": METHODS["tclip without both"],
-    "without the teacher's features": Method("this project", features=False),
+    "without CLIP's features": METHODS["tclip without CLIP's features"],
+    "one round before training": ruled(EnsembleLabels=OneRound),
     "hard labels at the start": Method("this project", hard),
+    "candour 0": ruled(candour=lambda answers, near: 0.0),
+    "candour 1": ruled(candour=lambda answers, near: 1.0),
+    "without the mass": ruled(bayes_rule=without_mass),
+    "without the prior": ruled(bayes_rule=without_prior),
+    "sharpness 1": ruled(bayes_rule=partial(tclip.bayes_rule, sharpness=1.0)),
+    "sharpness 2": ruled(bayes_rule=partial(tclip.bayes_rule, sharpness=2.0)),
 } | dict(
     [
-        *(pulling(share) for share in (0.0, 0.5, 1.0)),
-        *(pulling(share, "all") for share in (0.0, 1.0)),
         changed(class_prior="uniform"),
-        *(changed(temperature=value) for value in (0.2, 1.0)),
-        *(changed(c3l_weight=value) for value in (0.3, 3.0)),
+        *(changed(label_neighbours=value) for value in (5, 10, 20, 40)),
         *(changed(label_momentum=value) for value in (0.0, 0.8)),
-        *(changed(label_neighbours=value) for value in (5, 10, 80)),
-        *(changed(batch_size=value) for value in (32, 256)),
+        *(changed(class_share=value) for value in (0.0, 1.0)),
+        *(changed(c3l_weight=value) for value in (0.3, 3.0)),
+        *(changed(temperature=value) for value in (0.2, 1.0)),
     ]
 )
+
+# Where the teacher has no image features these are left out.
+NEED_FEATURES = {*STARTED, "tclip without CLIP's features", "without CLIP's features", "one round before training"}

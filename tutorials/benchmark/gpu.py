@@ -54,7 +54,7 @@ def measured(given, section, figures):
         with open(path, newline="", encoding="utf-8") as file:
             if any(row["section"] == section for row in csv.DictReader(file)):
                 return
-    device = tclip.pick_device(given.device)
+    device = torch.device(given.device)
     rows = [speed.figure_row(section, *figure, device) for figure in figures(device)]
     speed.keep(path, section, rows)
     print(f"\n{section}, {rows[0]['device']}\n\n{speed.table(rows)}", flush=True)
@@ -95,7 +95,8 @@ def profile(given):
     steps, batch = (2, 4) if given.dry else (20, 128)
 
     def figures(device):
-        config = tclip.Config(arch="resnet8" if given.dry else "resnet18", batch_size=batch, epochs=1)
+        arch = "resnet8" if given.dry else "resnet18"
+        config = tclip.Config(arch=arch, batch_size=batch, epochs=1, device=given.device)
         data = speed.noise(steps * batch, 32), torch.rand(steps * batch, 10).softmax(1)
         tclip.train(config, *data)  # warms up
         with torch.profiler.profile() as profiler:

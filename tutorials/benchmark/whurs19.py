@@ -76,7 +76,7 @@ def trans_clip(probs, features, rounds=10, neighbours=3, confident=8):
 
 def tclip_start(probs, features):
     """tclip's labels before training."""
-    return tclip.EnsembleLabels(probs, features).table.float()
+    return tclip.EnsembleLabels(probs, features).targets(slice(None))
 
 
 METHODS = {
