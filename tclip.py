@@ -72,9 +72,9 @@ class Config:
     weight_decay: float = setting(5e-4, "L2 penalty", (0, 1))
     c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", (0, 1e3))
     temperature: float = setting(0.5, "of the contrastive loss", (1e-3, 1e3))
-    class_share: float = setting(0.5, "how far the contrastive loss pulls by class; the rest by instance", (0, 1))
+    class_share: float = setting(0.3, "how far the contrastive loss pulls by class; the rest by instance", (0, 1))
     label_momentum: float = setting(0.5, "m: share of a label that is kept each epoch; 1: labels stay", (0, 1))
-    label_neighbours: int = setting(10, "k: images whose predictions make an ensemble label", (1, 10**4))
+    label_neighbours: int = setting(15, "k: images whose predictions make an ensemble label", (1, 10**4))
     class_prior: str = setting("none", "the classes' shares where they are known: uniform, or numbers: 0.5,0.3,0.2")
     seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", (0, 2**32 - 1))
     device: str = setting(DEVICES[0], "where to train", DEVICES)
@@ -108,7 +108,7 @@ def zero_shot_probs(image_features, text_features, temperature=0.01):
 
 
 # ==== Class-conditional contrastive loss (C3L) ========================================================================
-def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=0.5):
+def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=0.3):
     """Class discrimination and instance discrimination in one contrastive loss. Our reading of arXiv 2206.06177:
 
         L_i = - sum_j w_ij log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
@@ -183,7 +183,7 @@ def with_shares(probs, shares, iterations=100):
     weights = torch.ones_like(shares)
     for _ in range(iterations):
         weights = shares * len(probs) / (probs.T @ (1 / (probs @ weights)))
-    return probs * weights / (probs @ weights)[:, None]
+    return (probs * weights / (probs @ weights)[:, None]).clamp_min(1e-6)  # its log is to be finite in float16, too
 
 
 class EnsembleLabels(torch.nn.Module):
@@ -195,7 +195,7 @@ class EnsembleLabels(torch.nn.Module):
     Of the paper only that there are ensemble labels is known; the rule is ours.
     """
 
-    def __init__(self, probs, features=None, momentum=0.5, neighbours=10, class_prior=None):
+    def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None):
         super().__init__()
         self.momentum, self.neighbours, self.class_prior = momentum, neighbours, class_prior
         answers = probs.float().clamp_min(1e-6)
@@ -350,7 +350,7 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
     probs, features = (None if x is None else x.to(device) for x in (probs, features))
     shares = None if config.class_prior == "none" else torch.ones_like(probs[0])
-    if "," in config.class_prior:
+    if config.class_prior not in ("none", "uniform"):
         shares = probs.new_tensor([float(share) for share in config.class_prior.split(",")])
     rule = config.label_momentum, config.label_neighbours, shares if shares is None else shares / shares.sum()
     labels = EnsembleLabels(probs, features, *rule)
@@ -645,7 +645,7 @@ def run(config, read=read_dataset, resumed=False):
     if world > 1:
         dist.broadcast_object_list(folder)
     config = replace(config, out=folder[0])
-    if rank == 0:
+    if rank == 0 and not resumed:
         Path(config.out, "config.json").write_text(json.dumps(asdict(config), indent=1))
     try:
         if rank > 0:

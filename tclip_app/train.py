@@ -2,7 +2,6 @@
 
 import atexit
 import json
-import math
 import os
 from dataclasses import dataclass, fields
 from functools import partial
@@ -65,13 +64,14 @@ def begin(given):
 
 
 def check_prior(prior, classes):
-    """UserError: these are no shares of the classes, as Config.class_prior has them."""
+    """UserError: these are no shares of the classes, as Config.class_prior has them. Labels in float16 need some."""
     try:
         shares = [] if prior in ("none", "uniform") else [float(share) for share in prior.split(",")]
     except ValueError:
         shares = [0]
-    if shares and (len(shares) != len(classes) or not all(0 < share < math.inf for share in shares)):
-        raise UserError(f"--class-prior {prior}: uniform, or {len(classes)} numbers above 0: {', '.join(classes[:20])}")
+    if shares and not (len(shares) == len(classes) and min(shares) >= 1e-5 * sum(shares) > 0):
+        wanted = f"{len(classes)} numbers, none below 0.00001 of the sum, for {', '.join(classes[:20])}"
+        raise UserError(f"--class-prior {prior}: uniform, or {wanted}")
 
 
 def resume(run, given):

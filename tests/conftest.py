@@ -1,7 +1,7 @@
 """What the tests share: tclip of this checkout, a working `import clip`, tiny images, and the reference data."""
 
+import atexit
 import csv
-import importlib
 import json
 import multiprocessing.forkserver
 import os
@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import packaging.version
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the networks here are so small that more threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that are called as a user calls them
-
-
-try:  # clip-anytorch reads pkg_resources.packaging, which new setuptools have no more
-    pkg_resources = importlib.import_module("pkg_resources")
-except ImportError:
-    pkg_resources = sys.modules["pkg_resources"] = types.ModuleType("pkg_resources")
-importlib.import_module("packaging.version")
-pkg_resources.packaging = importlib.import_module("packaging")
+sys.modules["pkg_resources"] = types.SimpleNamespace(packaging=packaging)  # all that clip-anytorch wants of it
 
 
 def coloured(n=37, classes=3, size=8):
@@ -111,11 +105,9 @@ def home(tmp_path_factory):
 @pytest.fixture
 def offline(monkeypatch):
     """No network: every proxy is a closed port."""
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("http", "https", "all", "no"):
+        for variable in (f"{name}_proxy", f"{name}_proxy".upper()):
+            monkeypatch.setenv(variable, "" if name == "no" else "http://127.0.0.1:9")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +124,7 @@ def reference():
 
 
 class Child:
-    """A process of the command, the first of a group of its own, whose streams both go to a file."""
+    """A process of the command, the first of a group of its own; both its streams go to a file."""
 
     def __init__(self, fork, code, cwd, log):
         self.log, self.process = log, fork.Process(target=Child.work, args=(code, str(cwd), str(log)))
@@ -144,11 +136,13 @@ class Child:
         os.chdir(cwd)
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        exec(code, {"__name__": "__main__"})
+        try:
+            exec(code, {"__name__": "__main__"})
+        finally:
+            atexit._run_exitfuncs()  # which multiprocessing leaves out
 
     @property
     def output(self):
-        """What it has printed so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     @property
@@ -170,28 +164,25 @@ class Child:
             time.sleep(0.002)
 
     def wait(self):
-        """Its exit code, once it has ended."""
         self.wait_until(lambda: False)
         return self.code
 
 
 @pytest.fixture(scope="session")
 def nursery(tmp_path_factory):
-    """nursery.tclip("train", "photos", cwd=folder) starts the command `tclip`, which executes the code `before` first;
-    nursery.start(code, folder) any code. Each is the fork of a process that has imported tclip: else it took seconds."""
+    """nursery.tclip("train", "photos", cwd=folder) starts the command, after the code `before`: a fork
+    of a process that has imported tclip already, which else takes seconds."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("there is no fork")
     fork, logs = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("logs")
-    fork.set_forkserver_preload(["conftest", "open_clip", "sklearn.datasets", "tclip_app.cli"])
+    fork.set_forkserver_preload(["conftest", "open_clip", "tclip_app.cli"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]), prepend=os.pathsep)
         multiprocessing.forkserver.ensure_running()
-
-    def start(code, cwd):
-        return Child(fork, code, cwd, logs / f"{time.monotonic_ns()}.log")
 
     def tclip(*arguments, cwd, before=""):
         argv = [str(argument) for argument in arguments]
-        return start(f"import tclip, tclip_app.cli\n{before}\ntclip_app.cli.main({argv!r})", cwd)
+        code = f"import tclip, tclip_app.cli\n{before}\ntclip_app.cli.main({argv!r})"
+        return Child(fork, code, cwd, logs / f"{time.monotonic_ns()}.log")
 
-    return types.SimpleNamespace(start=start, tclip=tclip)
+    return types.SimpleNamespace(tclip=tclip)

@@ -39,10 +39,9 @@ def given(tmp_path_factory):
     said = [dict(label=COLOURS[c], confidence=p) for p, c in zip(*(x.tolist() for x in probs.max(1)))]
     tclip.write_csv(root / "teacher.csv", [dict(file=f"{i:02d}.png") | row for i, row in enumerate(said)])
     tclip.write_csv(root / "truth.csv", [dict(file=f"{i:02d}.png", label=COLOURS[i % 3]) for i in range(60)])
-    arguments = [root / "photos", "--pseudo-labels", root / "teacher.csv", "--classes", ",".join(COLOURS)]
-    arguments += ["--truth", root / "truth.csv", "--size", 8, "--arch", "resnet8", "--epochs", 4]
-    arguments += ["--class-prior", "0.3,0.3,0.4"]
-    return ["train", *arguments, "--batch-size", 16, "--label-neighbours", 5, "--device", "cpu", "--views", "writing"]
+    files = ["train", root / "photos", "--pseudo-labels", root / "teacher.csv", "--truth", root / "truth.csv"]
+    how = "--classes red,green,blue --class-prior 0.3,0.3,0.4 --size 8 --arch resnet8 --epochs 4 --batch-size 16"
+    return [*files, *how.split(), *"--label-neighbours 5 --device cpu --views writing".split()]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +62,8 @@ def same_results(run, whole):
 
 
 def test_digits_named_by_clip(tmp_path, monkeypatch, capsys):
-    """The offline CLIP names digits in files: labels, truth, report; CLIP sees an image once; the student names other
-    images; and labels.csv and predictions.csv are teachers themselves."""
+    """The offline CLIP names digits in files: labels, truth, report; CLIP sees an image once; and labels.csv is a
+    teacher itself."""
     monkeypatch.chdir(tmp_path)
     digits = load_digits()
     for i in range(80):
@@ -72,10 +71,14 @@ def test_digits_named_by_clip(tmp_path, monkeypatch, capsys):
         (tmp_path / "photos" / name).parent.mkdir(exist_ok=True, parents=True)
         Image.fromarray(gray).save(tmp_path / "photos" / name)
     (tmp_path / "classes.txt").write_text("\n".join(DIGITS))
-    small = ["--size", 8, "--arch", "resnet8", "--epochs", 1, "--device", "cpu", "--views", "writing"]
-    arguments = ["train", "photos", "--classes", "classes.txt", "--clip", "offline", "--cache", "cache", *small]
-    arguments += ["--templates", "a photo of the digit {}.", "--truth", "folders"]
-    call(*arguments)
+    small = "--size 8 --arch resnet8 --epochs 1 --device cpu --views writing".split()
+    arguments = [
+        "train",
+        "photos",
+        *"--classes classes.txt --clip offline --cache cache --truth folders".split(),
+        *small,
+    ]
+    call(*arguments, "--templates", "a photo of the digit {}.")
     assert {file.name for file in (tmp_path / "runs/photos").iterdir()} == FILES - {"skipped.csv"}
     rows, summary = rows_of("runs/photos/labels.csv"), json.loads((tmp_path / "runs/photos/summary.json").read_text())
     assert len(rows) == 80 and all(row["truth"] == row["file"].split("/")[0] for row in rows)
@@ -85,13 +88,10 @@ def test_digits_named_by_clip(tmp_path, monkeypatch, capsys):
 
     seen, encode = [], tclip.Clip.encode_images
     monkeypatch.setattr(tclip.Clip, "encode_images", lambda clip, x: seen.append(len(x)) or encode(clip, x))
-    call(*arguments)
+    call(*arguments, "--templates", "a photo of the digit {}.")
     assert sum(seen) == 4 and rows_of("runs/photos-2/labels.csv") == rows  # the four tell whether it is the same CLIP
-    call("predict", "photos", "--model", "runs/photos/model.pt")
-    for i, file in enumerate(("runs/photos/labels.csv", "runs/predict-photos/predictions.csv")):
-        call("train", "photos", "--pseudo-labels", file, "--classes", "classes.txt", "--out", f"fed{i}", *small)
-        said = {row["file"]: row["teacher_label"] for row in rows_of(f"fed{i}/labels.csv")}
-        assert said == {row["file"]: row["label"] for row in rows_of(file)} and len(said) == 80
+    call("train", "photos", *"--pseudo-labels runs/photos/labels.csv --classes classes.txt --out fed".split(), *small)
+    assert [row["teacher_label"] for row in rows_of("fed/labels.csv")] == [row["label"] for row in rows]
 
 
 def test_predictions(whole, given, tmp_path, monkeypatch, nursery):
@@ -116,17 +116,17 @@ def test_predictions(whole, given, tmp_path, monkeypatch, nursery):
 
 
 CUT = """
-import os, signal, tclip
-replace, write_csv, count = os.replace, tclip.write_csv, 0
-def cut(path, file, work):
+import os, tclip
+works, count = dict(replace=os.replace, write_csv=tclip.write_csv), 0
+def cut(work, path, file, *arguments):
     global count
-    count += os.path.basename(path) == "{name}"
+    count += str(path).endswith("{name}")
     if count == {nth}:
-        os.truncate(file, os.path.getsize(file) // 2)  # half had reached the disk
-        os.kill(os.getpid(), signal.{signal})
-    work()
-os.replace = lambda draft, path: cut(path, draft, lambda: replace(draft, path))
-tclip.write_csv = lambda path, rows: write_csv(path, rows) or cut(path, path, lambda: None)
+        os.path.exists(file) and os.truncate(file, os.path.getsize(file) // 2)  # half had reached the disk
+        os.kill(os.getpid(), {signal})
+    works[work](*arguments)
+os.replace = lambda draft, path: cut("replace", path, draft, draft, path)
+tclip.write_csv = lambda path, rows: cut("write_csv", path, path, path, rows)
 """
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"  # a checkpoint is larger
 SLOW = "import time; work = {0}\n{0} = lambda *a, **k: print('begun', flush=True) or time.sleep(.2) or work(*a, **k)"
@@ -134,9 +134,9 @@ SLOW = "import time; work = {0}\n{0} = lambda *a, **k: print('begun', flush=True
 
 @pytest.mark.parametrize(
     "before, interrupt",
-    [(CUT.format(name=name, nth=nth, signal="SIGKILL"), False) for name, nth in
+    [(CUT.format(name=name, nth=nth, signal=9), False) for name, nth in
      [("images.json", 1), ("checkpoint.pt", 1), ("checkpoint.pt", 3), ("labels.csv", 1)]]
-    + [(CUT.format(name="metrics.csv", nth=2, signal="SIGINT"), False), (FULL, False)]
+    + [(CUT.format(name="metrics.csv", nth=2, signal=2), False), (FULL, False)]
     + [(SLOW.format(name), True) for name in ("tclip_app.images.read_image", "tclip.augment")],
     ids="images checkpoint checkpoint3 labels Ctrl-C full reading training".split(),
 )  # fmt: skip
@@ -156,17 +156,10 @@ def test_goes_on(before, interrupt, given, whole, nursery, tmp_path):
 
 def test_write_whole(tmp_path):
     """Where the disk is full: one line, and what was there before stays."""
-
-    def full(file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
     write_whole(tmp_path / "a", lambda file: file.write(b"whole"))
     with pytest.raises(tclip.UserError, match="cannot write .*a: .*No space left"):
-        write_whole(tmp_path / "a", full)
+        write_whole(tmp_path / "a", lambda file: file.write(b"half") and open("/dev/full", "w").write("x" * 100_000))
     assert (tmp_path / "a").read_bytes() == b"whole"
-    with pytest.raises(ValueError):  # a bug is none of that
-        write_whole(tmp_path / "a", lambda file: int("x"))
 
 
 @pytest.mark.parametrize(
@@ -189,17 +182,16 @@ def test_damaged_run(name, change, word, whole, tmp_path):
 def test_moved(given, whole, tmp_path, monkeypatch):
     """Images, run and truth may lie elsewhere when a run goes on; its report then finds them there."""
     monkeypatch.chdir(tmp_path)
-    for path in (given[1], given[7], given[3]):
+    for path in (given[1], given[3], given[5]):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / f"moved {path.name}")
     shutil.copytree(whole, "elsewhere")
-    config = json.loads((whole / "config.json").read_text()) | dict.fromkeys(
-        ("root", "truth", "pseudo_labels"), "/gone"
-    )
+    gone = dict(root="/gone", truth="/gone", pseudo_labels="/gone")
+    config = json.loads((whole / "config.json").read_text()) | gone
     (tmp_path / "elsewhere/config.json").write_text(json.dumps(config))
     os.remove("elsewhere/labels.csv")
     with pytest.raises(tclip.UserError, match="gone"):
         call("train", "--resume", "elsewhere")
-    places = ("--truth", "moved truth.csv", "--pseudo-labels", "moved teacher.csv", "--device", "cpu")
+    places = ("--truth", "moved truth.csv", "--pseudo-labels", "moved teacher.csv")
     call("train", "moved photos", "--resume", "elsewhere", *places)
     same_results(tmp_path / "elsewhere", whole)
     assert json.loads((tmp_path / "elsewhere/config.json").read_text())["root"] == str(tmp_path / "moved photos")
@@ -208,22 +200,15 @@ def test_moved(given, whole, tmp_path, monkeypatch):
     assert (tmp_path / "elsewhere/report.html").read_text().count("<img") > 24
 
 
-@pytest.mark.parametrize("change, word", [("new", "1 are new, such as 00 new.png"), ("gone", "1 are gone .*07.png")])
-def test_other_images(change, word, given, whole, tmp_path):
+def test_other_images(given, whole, tmp_path):
     """A run goes on with the images that it began with, and with no others."""
     photos, run = shutil.copytree(given[1], tmp_path / "photos"), shutil.copytree(whole, tmp_path / "run")
-    shutil.copy(photos / "00.png", photos / "00 new.png") if change == "new" else (photos / "07.png").unlink()
-    with pytest.raises(tclip.UserError, match=word):
-        call("train", photos, "--resume", run)
+    for other, word in (("00 new", "1 are new, such as 00 new.png"), ("00", "1 are gone .* such as 07.png")):
+        shutil.copy(photos / "07.png", photos / f"{other}.png") if other == "00 new" else os.remove(photos / "07.png")
+        with pytest.raises(tclip.UserError, match=word):
+            call("train", photos, "--resume", run)
+        (photos / "00 new.png").unlink(missing_ok=True)
     same_results(run, whole)
-
-
-def test_pixels_in_a_file(given, whole, nursery, tmp_path):
-    """--memory 0 keeps the pixels in a file, which is gone in the end, and gives the same student to the bit."""
-    spy = "import tclip_app.images as i; m = i.map_pixels; i.map_pixels = lambda *a: print('mapped') or m(*a)"
-    child = nursery.tclip(*given, "--memory", 0, "--out", "run", cwd=tmp_path, before=spy)
-    assert child.wait() == 0 and "mapped" in child.output, child.output
-    same_results(tmp_path / "run", whole)
 
 
 def test_two_processes(given, nursery, tmp_path):
@@ -263,13 +248,12 @@ def test_bugs_keep_their_traceback(given, nursery, tmp_path):
         ("export m.pt", "m.pt: there is no"), ("report none", "none"), ("predict photos --model m.pt --device x", "x:"),
         ("train  --classes a,b", "FOLDER is empty"), ("train photos --resume ", "resume is empty"),
         ("train texts --pseudo-labels a.csv --arch resnet8", "none of 1 files"), ("train empty --classes a,b", "no f"),
-        *((f"train photos --classes a,b --class-prior {prior}", "--class-prior .*2 numbers above 0: a, b")
-          for prior in ("1,2,3", ".5", "1,x", "1,0", "1,nan", "1,inf", "even")),
+        *((f"train photos --classes a,b --class-prior {prior}", "--class-prior .*2 numbers, .* for a, b")
+          for prior in ("1,2,3", ".5", "1,x", "1,0", "1,1e-9", "0,0", "1,nan", "1,inf", "even")),
         ("train photos --classes a,b --out a.csv/x", "a.csv/x: Not a"), ("train photos --resume a.csv", "config.json"),
         ("train photos --classes a,b --out " + 300 * "x", "name too long"),
         ("train lines --pseudo-labels a.csv --arch resnet8 --strict", "cannot read new line.png"),
     ],
-    ids=lambda value: value[:50],
 )  # fmt: skip
 def test_mistakes(arguments, word, tmp_path, monkeypatch):
     """Each is answered by one line that says what to mend."""
@@ -285,12 +269,13 @@ def test_mistakes(arguments, word, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is write-protected for root")
-def test_write_protected(given, whole, tmp_path):
+def test_write_protected(given, whole, tmp_path, monkeypatch):
     """Where nothing can be written: one line, before anything is read."""
-    tmp_path.chmod(0o500)
-    with pytest.raises(tclip.UserError, match="cannot write in .*write-protected"):
-        call(*given, "--out", tmp_path / "a/b")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    for arguments in ([*given, "--out", tmp_path / "a/b"], ["train", "--resume", whole]):
+        with pytest.raises(tclip.UserError, match="cannot write in .*write-protected"):
+            call(*arguments)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("command", ["", "train", "predict", "report", "export"])

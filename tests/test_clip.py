@@ -70,8 +70,7 @@ def test_packages_agree(openai, monkeypatch):
 def test_names(openai, monkeypatch):
     """Every name of OpenAI's is loaded by the package `clip`, else by open_clip, with QuickGELU; other models have the
     activation with which they were trained."""
-    asked = []
-    model = open_clip.model.build_model_from_openai_state_dict(torch.load(tclip.OFFLINE_CLIP), cast_dtype=None)
+    asked, model = [], Clip().model
     monkeypatch.setattr(openai, "load", lambda name, device: asked.append(name) or (model, None))
     create = lambda arch, tag, force_quick_gelu: asked.append((arch, tag, force_quick_gelu)) or (model, 0, 0)  # noqa: E731
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
@@ -99,11 +98,9 @@ def test_file_of_weights(tiny_clip, monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     config = tclip.Config(dataset="cifar10", root=str(tmp_path), clip=tiny_clip, size=8, cache="none")
     _, heldout, classes = tclip.read_dataset(config)
-    prompts = [
-        model.encode_text(open_clip.tokenize([t.replace("{}", name) for t in tclip.DATASETS["cifar10"]["templates"]]))
-        for name in classes
-    ]
-    prompts = F.normalize(torch.stack([F.normalize(rows, dim=1).mean(0) for rows in prompts]), dim=1)
+    templates = tclip.DATASETS["cifar10"]["templates"]
+    rows = [model.encode_text(open_clip.tokenize([t.replace("{}", name) for t in templates])) for name in classes]
+    prompts = F.normalize(F.normalize(torch.stack(rows), dim=2).mean(1), dim=1)
     expected = (heldout.features @ prompts.T * model.logit_scale.exp()).softmax(1)
     torch.testing.assert_close(heldout.probs, expected.detach(), rtol=0, atol=1e-4)
 
@@ -118,5 +115,5 @@ def test_offline():
 
 @pytest.mark.parametrize("name", ["ViT-B/31", "ViT-B-32:laion3b", "ViT-B-31:laion2b_s34b_b79k", "ViT-B-32:no.pt", ""])
 def test_unknown_names(name):
-    with pytest.raises(UserError, match=f"^tclip: --clip {name}: there is .*ViT-B/32.*arch:tag"):
+    with pytest.raises(UserError, match=f"^--clip {name}: there is .*ViT-B/32.*arch:tag"):
         load_clip(name)

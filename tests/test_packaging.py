@@ -8,9 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, coloured, rows_of, settings, write_cifar10
 
 import tclip
@@ -27,8 +25,8 @@ runpy.run_path("tclip.py", run_name="__main__")
 
 
 def test_alone(tmp_path, tiny_clip):
-    """The only file of an empty folder: it prints its help; on the digits it says in one line which file it lacks; and
-    --dataset cifar10 runs end to end, by the classes of torchvision and open_clip, on few images and a small CLIP."""
+    """The only file of an empty folder: --dataset cifar10 runs end to end, by the classes of torchvision and open_clip,
+    on few images and a small CLIP. On the digits it says in one line which file it lacks."""
 
     def call(*arguments):
         command = [sys.executable, "-P", *map(str, arguments)]
@@ -36,20 +34,18 @@ def test_alone(tmp_path, tiny_clip):
 
     (tmp_path / "empty").mkdir()
     shutil.copy(ROOT / "tclip.py", tmp_path / "empty")
-    assert "--dataset DATASET" in call("tclip.py", "--help").stdout
     done = call("tclip.py")
-    assert done.returncode == 1 and re.fullmatch("tclip: .*offline_clip.pt.*\n", done.stderr) and not done.stdout
+    assert done.returncode == 1 and re.fullmatch(".*offline_clip.pt.*\n", done.stderr) and not done.stdout
     write_cifar10(tmp_path, 200)
     (tmp_path / "setup.py").write_text(SETUP.format(json=str(tmp_path / "tiny.json")))
     flags = "--dataset cifar10 --arch resnet8 --epochs 1 --device cpu --cache".split()
     done = call(tmp_path / "setup.py", *flags, tmp_path / "cache", "--root", tmp_path, "--clip", tiny_clip)
-    assert done.returncode == 0 and "results in runs/cifar10" in done.stdout, done.stderr
+    assert done.returncode == 0 and "see runs/cifar10" in done.stdout, done.stderr
     assert len(rows_of(tmp_path / "empty/runs/cifar10/labels.csv")) == 200
 
 
 def test_requirements():
-    """Each package that is imported is asked for, or comes with one that is; tclip.py imports nothing of ours; conda's
-    file asks for what pyproject.toml asks for, the tutorials' needs, and OpenAI's CLIP at one commit."""
+    """Each package that is imported is asked for, or comes with one that is; tclip.py imports nothing of ours."""
     project, packages = PROJECT["project"], {}
     extras = project["optional-dependencies"]
     for file in (ROOT / "tclip.py", *(ROOT / "tclip_app").glob("*.py")):
@@ -62,14 +58,6 @@ def test_requirements():
     used = {known.get(name, name) for name in set().union(*packages.values())}
     asked = {re.split("[=<>]", entry)[0] for entry in project["dependencies"] + extras["export"]}
     assert used <= asked | {"clip", "tclip", "tclip_app"}, used - asked  # (`clip` is done without)
-
-    yaml = pytest.importorskip("yaml", reason="pyyaml is not installed")
-    *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert {re.split("[=<>]", entry)[0] for entry in conda} == {"python", "pip", "git"}
-    assert f"python={project['requires-python'].removeprefix('>=')}" in conda
-    *pip, openai = sorted(pip["pip"], key=lambda entry: entry.startswith("git+"))
-    assert sorted(pip) == sorted(project["dependencies"] + extras["tutorials"])
-    assert re.fullmatch(r"git\+https://github.com/openai/CLIP.git@[0-9a-f]{40}", openai)
 
 
 def test_sources():
@@ -92,17 +80,15 @@ def copied(first, last, imports="import torch\nimport torch.nn.functional as F")
 def test_copies():
     """Pseudo-labels, contrastive loss and labels work in another project with torch alone; training, with the sections
     that it needs, gives what it gives here."""
-    there, here = copied("Pseudo-labels", "Augmentation"), vars(tclip)
     (_, probs, features), results = coloured(12), []
-    for where in (there, here):
+    for where in (copied("Pseudo-labels", "Augmentation"), vars(tclip)):
         torch.manual_seed(0)
-        encode_texts = lambda texts: F.normalize(torch.tensor([[len(text), 9.0] for text in texts]), dim=1)  # noqa: E731
-        weights = where["text_classifier"](encode_texts, ["cat", "horse"], ["{}", "a {}"])
-        labels = where["EnsembleLabels"](probs, features, neighbours=2)
+        texts = where["text_classifier"](lambda texts: features[: len(texts)], ["cat", "horse"], ["{}", "a {}"])
+        labels = where["EnsembleLabels"](probs, features, neighbours=2, class_prior=torch.full((3,), 1 / 3))
         labels.record(torch.arange(12), probs.roll(1, 0), features)
         labels.end_epoch()
         loss = where["class_conditional_contrastive_loss"](features, probs[:6])
-        results.append([where["zero_shot_probs"](torch.eye(2), weights), loss, labels.table])
+        results.append([where["zero_shot_probs"](features, texts), loss, labels.table])
     assert all(map(torch.equal, *results)) and not torch.equal(labels.table.float(), probs)
 
     imports = SOURCE[SOURCE.index("import argparse") : SOURCE.index("# ==== Settings")]

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tclip import text_classifier, zero_shot_probs
+from tclip import EnsembleLabels, text_classifier, zero_shot_probs
 
 WHU_RS19 = {"RN50": 71.5, "ViT-B-32": 81.3, "ViT-L-14": 85.5}  # %, published with the features (RS-TransCLIP)
 
@@ -16,7 +16,8 @@ def unit(x):
 
 @pytest.mark.parametrize("model", WHU_RS19)
 def test_real_features(model, reference):
-    """107 prompts, 19 classes, 1005 satellite images: both functions are numpy's arithmetic, and as right as known."""
+    """107 prompts, 19 classes, 1005 satellite images: both functions are numpy's arithmetic, and as right as known.
+    Ensemble labels from the features are more often right, before any training, by equal classes and by 10:1."""
     data = np.load(reference("whurs19_openai_clip_features.npz"))
     images, texts = (data[f"{kind}_{model}"].astype(np.float64) for kind in ("images", "texts"))
     prompt = {text: i for i, text in enumerate(data["prompts"])}
@@ -34,24 +35,20 @@ def test_real_features(model, reference):
     np.testing.assert_allclose(probs, expected / expected.sum(1, keepdims=True), atol=1e-4)
     assert probs.dtype == torch.float32
     assert round(100 * (probs.argmax(1).numpy() == data["labels"]).mean(), 1) == WHU_RS19[model]
-
-
-def test_temperature():
-    """Half the cosine at half the temperature is the same; a high temperature ends in the uniform distribution."""
-    images, texts = (F.normalize(torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), dim=1) for n in (5, 3))
-    torch.testing.assert_close(zero_shot_probs(images, texts, 0.1), zero_shot_probs(images * 2, texts, 0.2))
-    torch.testing.assert_close(zero_shot_probs(images, texts, 1e6), torch.full((5, 3), 1 / 3), rtol=0, atol=1e-5)
-    assert zero_shot_probs(images.half(), texts.half()).dtype == torch.float32
+    images, truth = F.normalize(torch.tensor(images).float(), dim=1), torch.tensor(data["labels"])
+    for seed, ratio in ((0, 1.0), (0, 10.0), (1, 10.0), (2, 10.0)):
+        generator = torch.Generator().manual_seed(seed)
+        place = torch.randperm(19, generator=generator)[truth]  # of an image's class among the sizes
+        kept = torch.rand(len(truth), generator=generator) < ratio ** (-place / 18)
+        said = probs[kept], EnsembleLabels(probs[kept], images[kept]).table
+        before, after = ((x.argmax(1) == truth[kept]).float().mean() for x in said)
+        assert after > before + 0.02
 
 
 def test_class_names_with_braces():
     """Only "{}" is replaced: braces in a class name or elsewhere in a prompt are no format fields."""
     asked = []
-
-    def encode_texts(captions):
-        asked.extend(captions)
-        return torch.eye(2)[: len(captions)]
-
+    encode_texts = lambda captions: asked.extend(captions) or torch.eye(2)[: len(captions)]  # noqa: E731
     weights = text_classifier(encode_texts, ["a {b}", "{0}", "}{", "100 %s"], ["<{}>", "{x} {}"])
     assert asked == ["<a {b}>", "{x} a {b}", "<{0}>", "{x} {0}", "<}{>", "{x} }{", "<100 %s>", "{x} 100 %s"]
     torch.testing.assert_close(weights, torch.full((4, 2), 0.5**0.5))

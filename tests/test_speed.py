@@ -29,8 +29,12 @@ def quick(tmp_path_factory):
 
 
 def test_rows(quick):
-    """Every section has rows of their own; median, lowest and highest are those of the runs; ratios are quotients."""
-    rows, _ = quick
+    """Every section has rows of their own; median, lowest and highest are those of the runs; ratios are quotients; and
+    all loops train networks of one size on batches of one shape, as often."""
+    rows, batches = quick
+    assert len({parameters for parameters, _ in batches}) == 1 and len(batches) == 2 * 2 * 3  # rounds, steps, loops
+    assert {tuple(x.shape) for _, x in batches} == {(16, 3, 16, 16)}  # 8 images, two views
+    assert all(0 <= x.min() and x.max() <= 1 for _, x in batches)
     assert list(dict.fromkeys(row["section"] for row in rows)) == ["step", "start", "labels"]
     assert len({(row["section"], row["case"], row["figure"]) for row in rows}) == len(rows)
     for row in rows:
@@ -45,34 +49,17 @@ def test_rows(quick):
         assert figures[f"train / {other}"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_same_work(quick):
-    """All loops train networks of one size on batches of one shape, and as often."""
-    _, batches = quick
-    assert len({parameters for parameters, _ in batches}) == 1
-    assert {tuple(x.shape) for _, x in batches} == {(16, 3, 16, 16)}  # 8 images, two views
-    assert len(batches) == 2 * 2 * 3  # rounds, of which the first warms up; steps; loops
-    assert all(0 <= x.min() and x.max() <= 1 for _, x in batches)
-
-
 def test_in_turn(monkeypatch):
     """The epochs of train() after the first are measured, and each other loop once after each."""
     calls, ticks = [], iter(range(100))
-    monkeypatch.setattr(speed, "now", lambda device: next(ticks))
 
     def train(config, pixels, probs, on_epoch):
         for epoch in range(config.epochs):
             calls.append("train")
             on_epoch(dict(epoch=epoch + 1), None, None)
 
+    monkeypatch.setattr(speed, "now", lambda device: next(ticks))
     monkeypatch.setattr(tclip, "train", train)
     others = dict(other=lambda: calls.append("other") or len(calls))
     views = speed.in_turn(tclip.Config(batch_size=5), torch.device("cpu"), 2, 3, others)
-    assert calls == ["train", "other"] * 4
-    assert views == dict(train=[20, 20, 20], other=[20 / 4, 20 / 6, 20 / 8])
-
-
-def test_keep(tmp_path):
-    """A section measured again takes the place of its rows of the same device, and of no others."""
-    for value, (section, device) in enumerate([("a", "cpu"), ("a", "gpu"), ("b", "cpu"), ("a", "cpu")]):
-        speed.keep(tmp_path / "speed.csv", section, [dict(section=section, device=device, value=value)])
-    assert [row["value"] for row in rows_of(tmp_path / "speed.csv")] == ["1", "2", "3"]
+    assert calls == ["train", "other"] * 4 and views == dict(train=[20, 20, 20], other=[20 / 4, 20 / 6, 20 / 8])

@@ -4,19 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix
 
-from tclip import Student, load_student, predict, score
-
-
-@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "resnet50"])
-def test_shapes(arch):
-    """Logits for each class, and embeddings of length one, also where half precision is on."""
-    student = Student(arch, 7, embedding_dim=24).eval()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        logits, z = student(torch.rand(2, 3, 32, 32))
-    assert logits.shape == (2, 7) and z.shape == (2, 24) and z.dtype == torch.float32
-    torch.testing.assert_close(z.norm(dim=1), torch.ones(2))
-    if arch == "resnet8":  # 0.3 million parameters, as its docstring says
-        assert "0.3 M" in Student.__doc__ and round(sum(p.numel() for p in student.parameters()) / 1e6, 1) == 0.3
+from tclip import Student, predict, score
 
 
 @pytest.mark.parametrize(
@@ -26,16 +14,20 @@ def test_shapes(arch):
 )
 def test_stem(arch, size, share):
     """The first stage sees every pixel of small images: half of each side from 32 px on (resnet8), a quarter above 64
-    px, by torchvision's stem (resnet18). The backbone is given 0 for mid-grey: the caller need not normalise."""
+    px, by torchvision's stem (resnet18). The backbone is given 0 for mid-grey: the caller need not normalise.
+    Embeddings have length one, where half precision is on, too."""
     student, seen = Student(arch, 10, size).eval(), []
     for stage in (student.backbone, student.backbone[3] if arch == "resnet8" else student.backbone.layer1):
         stage.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    student(torch.stack([torch.full((3, size, size), value) for value in (0.0, 0.5, 1.0)]))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, z = student(torch.stack([torch.full((3, size, size), value) for value in (0.0, 0.5, 1.0)]))
+    assert logits.shape == (3, 10) and z.shape == (3, 128) and z.dtype == torch.float32
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(3))
     assert seen[0].unique().tolist() == [-2, 0, 2] and seen[1].shape[-1] == -(-size // share)
 
 
-def test_predict_and_load(tmp_path):
-    """predict() is a forward pass in eval mode, softmaxed, in batches of any size; and so it is after model.pt."""
+def test_predict():
+    """It is a forward pass in eval mode, softmaxed, in batches of any size."""
     torch.manual_seed(0)
     student, pixels = Student("resnet8", 5, 256), torch.randint(0, 256, (19, 3, 256, 256), dtype=torch.uint8)
     student(torch.rand(16, 3, 16, 16))  # so that BatchNorm's statistics are no longer the initial ones
@@ -44,10 +36,6 @@ def test_predict_and_load(tmp_path):
         expected = student.eval()(pixels / 255)[0].softmax(1)
     assert probs.dtype == torch.float32 and not probs.requires_grad
     torch.testing.assert_close(probs, expected, rtol=0, atol=1e-5)
-    torch.save(dict(arch="resnet8", size=256, classes=list("abcde"), student=student.state_dict()), tmp_path / "m.pt")
-    loaded, classes = load_student(tmp_path / "m.pt")
-    torch.testing.assert_close(predict(loaded, pixels[:2]), probs[:2], rtol=0, atol=1e-5)
-    assert classes == list("abcde") and loaded.size == 256
 
 
 def test_score():

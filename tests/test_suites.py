@@ -1,11 +1,10 @@
 """The benchmark's suites, on tiny files laid out as the real ones; its command; and the labels of WHU-RS19."""
 
-import csv
 import io
-import math
 import sys
 import tarfile
 import zipfile
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -59,10 +58,9 @@ def root(tmp_path_factory):
             for i in range(6):
                 archive.writestr(f"somewhere/2750/{folder}/{folder}_{i}.jpg", jpeg(40 * i))
     ranks = [[folder, FOLDERS[0], FOLDERS[1]] if folder > FOLDERS[1] else ["", "", ""] for folder in FOLDERS]
-    with open(root / "eurosat_gpt4v.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", *(f"rank{i}" for i in range(1, 6))])
-        writer.writerows([f"{f}/{f}_{i}.jpg", *r, "", ""] for i in range(4) for f, r in zip(FOLDERS, ranks))
+    rows = [["file", *(f"rank{i}" for i in range(1, 6))]]
+    rows += [[f"{f}/{f}_{i}.jpg", *r, "", ""] for i in range(4) for f, r in zip(FOLDERS, ranks)]
+    (root / "eurosat_gpt4v.csv").write_text("\n".join(map(",".join, rows)))
     return root
 
 
@@ -87,16 +85,18 @@ def test_cifar10_training_images(root, name, sure):
 def test_cifar10_clip(root):
     """The test images are the unlabeled ones, training images held out; French answers are read where asked for."""
     t = task(root, "cifar10-clip")
-    assert torch.equal(t.unlabeled.truth, torch.arange(20) % 10) and len(t.heldout.names) == 30
-    assert torch.equal(t.unlabeled.probs.argmax(1), t.unlabeled.truth)
-    assert torch.equal(task(root, "cifar10-clip-french").unlabeled.probs.argmax(1), 9 - t.unlabeled.truth)
+    assert t.unlabeled.truth.tolist() == t.unlabeled.probs.argmax(1).tolist() == [*range(10)] * 2
+    french = task(root, "cifar10-clip-french").unlabeled.probs.argmax(1)
+    assert torch.equal(french, 9 - t.unlabeled.truth) and len(t.heldout.names) == 30
 
 
-def test_eurosat_gpt4v(root):
-    """Images that were named, with ranks as probabilities; a refusal is undecided; the others are held out."""
+def test_eurosat_gpt4v(root, monkeypatch):
+    """Images that were named, with ranks as probabilities; a refusal is undecided; the others are held out. The second
+    time the archive is not opened."""
     t = task(root, "eurosat-gpt4v")
-    assert len(t.unlabeled.names) == 40 and len(t.heldout.names) == 20
-    assert not set(t.unlabeled.names) & set(t.heldout.names)
+    monkeypatch.setattr(suites, "members", None)
+    assert torch.equal(task(root, "eurosat-gpt4v").heldout.pixels, t.heldout.pixels)
+    assert len(t.unlabeled.names) == 40 and len({*t.unlabeled.names, *t.heldout.names}) == 60
     for name, truth, probs in zip(t.unlabeled.names, t.unlabeled.truth, t.unlabeled.probs):
         folder, expected = name.split("/")[0], [0.1] * 10
         if folder > FOLDERS[1]:  # ranked: its own folder, the first and the second; 0.1 is left for all
@@ -107,29 +107,13 @@ def test_eurosat_gpt4v(root):
         torch.testing.assert_close(probs, torch.tensor(expected))
 
 
-def test_decoded_once(root, monkeypatch):
-    """The second time the archive is not opened, and the pixels are the same."""
-    first = suites.decode(root / "eurosat.zip", 8)
-    monkeypatch.setattr(suites, "members", lambda path: pytest.fail("decoded again"))
-    again = suites.decode(root / "eurosat.zip", 8)
-    assert again[0] == first[0] and torch.equal(again[1], first[1]) and first[1].shape == (60, 3, 8, 8)
-
-
-def test_missing(tmp_path):
-    """What is missing is named, with the public place where it is and its layout."""
-    for name in suites.SUITES.keys() - {"digits", "digits-10to1", "mnist"}:
-        with pytest.raises(tclip.UserError, match=r"missing: .*(github\.com|zenodo\.org)"):
-            task(tmp_path, name)
-
-
 def test_long_tailed():
     """The largest class keeps all, the smallest one in ten, the ratio of two neighbours is the same; seeds differ."""
     truth = torch.arange(10).repeat(1000)
     kept = [suites.long_tailed(truth, 10, seed) for seed in (1, 1, 2)]
-    sizes = truth[kept[0]].bincount().sort(descending=True).values.tolist()
+    sizes = truth[kept[0].unique()].bincount().sort(descending=True).values.tolist()
     assert sizes == [round(1000 * 10 ** (-i / 9)) for i in range(10)]
-    assert torch.equal(kept[0], kept[1]) and len(kept[0].unique()) == len(kept[0])
-    assert truth[kept[0]].bincount().tolist() != truth[kept[2]].bincount().tolist()
+    assert torch.equal(*kept[:2]) and truth[kept[0]].bincount().tolist() != truth[kept[2]].bincount().tolist()
 
 
 def test_digits(monkeypatch):
@@ -137,44 +121,41 @@ def test_digits(monkeypatch):
     read = tclip.read_dataset(tclip.Config(dataset="digits", **suites.WRITING))
     monkeypatch.setattr(tclip, "read_dataset", lambda config: read)  # once: it takes seconds
     t, whole = task("", "digits", 50), read[0]
-    assert len(t.unlabeled.names) == 50 and t.unlabeled.features.shape[0] == 50 and t.heldout.probs is not None
-    drawn = [task("", "digits-10to1", seed=seed).unlabeled for seed in (0, 1)]
-    assert drawn[0].names != drawn[1].names
-    rows = {run.settings_of(settings(), task("", "digits-10to1", seed=seed)) for seed in range(4)}
-    assert len(rows) == 1  # all seeds count together
-    for images in (t.unlabeled, *drawn):
+    assert len(t.unlabeled.names) == 50 and t.heldout.probs is not None
+    drawn = [task("", "digits-10to1", seed=seed) for seed in (0, 1)]
+    assert drawn[0].unlabeled.names != drawn[1].unlabeled.names  # and yet all seeds count together:
+    assert len({run.settings_of(settings(), t) for t in drawn}) == 1
+    for images in (t.unlabeled, drawn[0].unlabeled):
         rows = torch.tensor([whole.names.index(name) for name in images.names])
         for field in ("pixels", "truth", "probs", "features"):
             assert torch.equal(getattr(images, field), getattr(whole, field)[rows])
 
 
-def test_mnist(monkeypatch):
-    """The margin of 4 pixels is cut off, for the student and for CLIP."""
+def test_added_data_sets(monkeypatch):
+    """MNIST's margin of 4 pixels is cut off, for the student and for CLIP; a fifth of EuroSAT's classes is held out."""
     inside, framed = Image.new("L", (20, 20), 0), Image.new("L", (28, 28), 255)
     framed.paste(inside, (4, 4))
-    sources = dict(train=([(framed, 3)] * 5, list("abcde")), test=([(framed, 4)] * 3, list("abc")))
-    monkeypatch.setattr(tclip, "open_dataset", lambda name, root, split: sources[split])
-    t, clip = task("", "mnist", 2), tclip.Clip("offline")
-    assert t.unlabeled.truth.tolist() == [3, 3] and t.heldout.truth.tolist() == [4, 4, 4]
-    assert not t.unlabeled.pixels.any() and t.heldout.pixels.shape == (3, 3, 16, 16)
+    mnist, eurosat = (lambda root, train, download: [(framed, 3 + train)] * 5), MagicMock()
+    eurosat.targets, eurosat.__len__.return_value = [i % 10 for i in range(100)], 100
+    monkeypatch.setattr(suites.torchvision.datasets, "MNIST", mnist)
+    monkeypatch.setattr(suites.torchvision.datasets, "EuroSAT", lambda root, download: eurosat)
+    t, clip = task("", "mnist", 2, cache="none"), tclip.Clip("offline")
+    assert t.unlabeled.truth.tolist() == [4, 4] and t.heldout.truth.tolist() == [3] * 5
+    assert not t.unlabeled.pixels.any() and t.heldout.pixels.shape == (5, 3, 16, 16)
     torch.testing.assert_close(t.unlabeled.features[:1], clip.encode_images(clip.prepare(inside)[None]))
+    kept, heldout = (suites.eurosat_images("", train).indices for train in (True, False))
+    assert sorted(kept + heldout) == list(range(100)) and sorted(i % 10 for i in heldout) == sorted([*range(10)] * 2)
 
 
 def test_annotator(tmp_path):
-    """It learns from no unlabeled or held-out image, is as sure as it is right, and is trained once."""
-    truth = torch.arange(400) % 10
-    images = tclip.Images([str(i) for i in range(400)], coloured(400)[0], truth)
+    """It learns from no unlabeled or held-out image, is as sure as it is right, and is trained once; prototypes
+    are bent towards others by their share."""
+    images = tclip.Images([str(i) for i in range(400)], coloured(400)[0], truth := torch.arange(400) % 10)
     unlabeled, heldout, probs = annotator.simulated_annotator(images, FOLDERS, tmp_path, labeled=200, epochs=2)
     assert len(unlabeled) == 120 and len(heldout) == 80 and not set(unlabeled.tolist()) & set(heldout.tolist())
-    torch.testing.assert_close(probs.sum(1), torch.ones(400))
     again = annotator.simulated_annotator(images, FOLDERS, tmp_path, labeled=200, epochs=-1)  # would fail if trained
     assert torch.equal(again[2], probs)
-
-
-def test_calibrated_temperature():
-    """The mean confidence is the accuracy; a prototype is bent towards another by its share."""
-    scores, truth = torch.randn(500, 10, generator=torch.Generator().manual_seed(0)), torch.arange(500) % 10
-    scores[torch.arange(500), truth] += 1
+    scores = torch.randn(400, 10, generator=torch.Generator().manual_seed(0)) + F.one_hot(truth, 10)
     confidence = (scores / annotator.calibrated_temperature(scores, truth)).softmax(1).amax(1).mean().item()
     assert confidence == pytest.approx((scores.argmax(1) == truth).float().mean().item(), abs=1e-3)
     bent, crop, pasture = annotator.bend(torch.eye(10), FOLDERS), FOLDERS.index("AnnualCrop"), FOLDERS.index("Pasture")
@@ -205,8 +186,8 @@ def test_command(tiny_suite, tmp_path, capsys, monkeypatch):
     command(tmp_path, "--methods", "tclip,GCE", "--seeds", "2")
     rows = rows_of(path := tmp_path / "digits-1-epochs.csv")
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "01" for m in ("tclip", "GCE")]
-    assert (tmp_path / "digits-1-epochs.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "| teacher: somebody |" in out and out.index("| GCE |") < out.index("| tclip |")
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")  # as if it was stopped before the last
     done, one_run = [], run.one_run
@@ -218,24 +199,36 @@ def test_command(tiny_suite, tmp_path, capsys, monkeypatch):
     assert done == [("GCE", 1), ("GCE", 0)] and "| tclip |" not in capsys.readouterr().out.split("somebody")[-1]
 
 
+def test_default_methods(tiny_suite, tmp_path, monkeypatch):
+    """The suite's own, or all; without those that need the teacher's image features where it has none."""
+
+    def one_run(suite, name, config, task):
+        row = dict(method=name, seed=0, digest=run.digest_of(run.settings_of(config, task)), teacher="t", seconds=0)
+        return row | dict(unlabeled=0, heldout=0, worst_class=0, labels=0)
+
+    monkeypatch.setattr(run, "one_run", one_run)
+    for options, expected in {
+        "": suites.SUITES["digits"].methods,
+        "--methods all": run.METHODS | run.STARTED,
+        "--study": run.STUDY,
+        "--study --teacher truth": [name for name in run.STUDY if name not in run.NEED_FEATURES],
+    }.items():
+        command(folder := tmp_path / options, "--seeds", "1", *options.split())
+        (file,) = folder.glob("*.csv")
+        assert [row["method"] for row in rows_of(file)] == list(expected)
+
+
 def test_row(tiny_suite):
     """The figures of a row are those of the student, the labels and the teacher, counted by hand."""
     config, images = settings(epochs=1), (t := run.load("digits", settings(), None)).unlabeled
     row, (student, labels) = run.one_run("digits", "tclip", config, t), run.ALL_METHODS["tclip"].run(config, images)
-
-    def right(probs, truth):
-        return [(int(p.argmax()) == int(y)) for p, y in zip(probs, truth)]
-
-    by_student = right(tclip.predict(student, images.pixels), images.truth)
-    assert row["unlabeled"] == pytest.approx(np.mean(by_student))
-    per_class = [np.mean([r for r, y in zip(by_student, images.truth) if y == c]) for c in range(3)]
-    assert row["worst_class"] == pytest.approx(min(per_class))
-    assert row["heldout"] == pytest.approx(np.mean(right(tclip.predict(student, t.heldout.pixels), t.heldout.truth)))
-    assert row["labels"] == pytest.approx(np.mean(right(labels, images.truth)))
-    assert row["teacher_unlabeled"] == pytest.approx(np.mean(right(images.probs, images.truth)))
-    assert row["teacher_heldout"] == ""
+    said = dict(unlabeled=tclip.predict(student, images.pixels), labels=labels, teacher_unlabeled=images.probs)
+    right = {name: (probs.argmax(1) == images.truth).float() for name, probs in said.items()}
+    right["heldout"] = (tclip.predict(student, t.heldout.pixels).argmax(1) == t.heldout.truth).float()
+    assert {name: row[name] for name in right} == pytest.approx({name: x.mean().item() for name, x in right.items()})
+    assert row["worst_class"] == pytest.approx(min(right["unlabeled"][images.truth == c].mean() for c in range(3)))
     ceiling = run.load("digits", settings(), 7, "truth").unlabeled
-    assert len(ceiling.names) == 7 and run.accuracy(ceiling.probs, ceiling.truth) == 1
+    assert row["teacher_heldout"] == "" and run.accuracy(ceiling.probs, ceiling.truth) == 1 and len(ceiling.names) == 7
 
 
 def test_table():
@@ -248,53 +241,40 @@ def test_table():
 
 @pytest.mark.parametrize("options", ["--methods nonsense", "--seeds 0", "--images 0", "--epochs -1"])
 def test_mistakes(options, tmp_path):
-    """What is wrong is told before anything is done."""
+    """What is wrong is told before anything is done; what is missing with the public place where it is."""
     with pytest.raises(tclip.UserError, match=options.split()[0]):
         command(tmp_path, *options.split())
+    for name in suites.SUITES.keys() - {"digits", "digits-10to1", "mnist", "eurosat-clip"}:
+        with pytest.raises(tclip.UserError, match=r"missing: .*(github\.com|zenodo\.org)"):
+            task(tmp_path, name)
     assert not list(tmp_path.iterdir())
-
-
-def test_gaussians():
-    """One round of EM, in loops: means and one diagonal variance by the answers, then the posterior."""
-    _, probs, x = coloured(20)
-    mean = [sum(probs[i, c] * x[i] for i in range(20)) / sum(probs[i, c] for i in range(20)) for c in range(3)]
-    variance = sum(probs[i, c] * (x[i] - mean[c]) ** 2 for i in range(20) for c in range(3)) / 20
-    for i, row in enumerate(whurs19.gaussians(probs, x, rounds=1)):
-        log = [math.log(probs[i, c]) - 0.5 * ((x[i] - mean[c]) ** 2 / variance).sum() for c in range(3)]
-        torch.testing.assert_close(row, torch.stack(log).softmax(0), rtol=1e-3, atol=1e-5)
 
 
 def test_trans_clip():
     """Two rounds in loops: labels, means, variance in turn, with neighbours both ways."""
-    _, probs, x = coloured(20)
-    near = [sorted((j for j in range(20) if j != i), key=lambda j: -float(x[i] @ x[j]))[:3] for i in range(20)]
-    best = [sorted(range(20), key=lambda i: -float(probs[i, c]))[:8] for c in range(3)]
-    mean = [F.normalize(sum(x[i] for i in rows), dim=0) for rows in best]
-    z, variance = probs.clone(), torch.full((6,), 1 / 6)
+    _, probs, x = coloured(n := 20)
+    affinity = torch.zeros(n, n)
+    for i in range(n):
+        for j in sorted((j for j in range(n) if j != i), key=lambda j: -float(x[i] @ x[j]))[:3]:
+            affinity[i, j] += x[i] @ x[j] / 6
+            affinity[j, i] += x[i] @ x[j] / 6
+    best = [sorted(range(n), key=lambda i: -float(probs[i, c]))[:8] for c in range(3)]
+    mean, z, variance = [F.normalize(sum(x[i] for i in rows), dim=0) for rows in best], probs, torch.full((6,), 1 / 6)
     for _ in range(2):
         fit = torch.stack([torch.stack([-0.5 * ((v - m) ** 2 / variance).sum() for m in mean]) for v in x])
         for _ in range(5):
-            pull = torch.zeros(20, 3)
-            for i in range(20):
-                for j in near[i]:
-                    pull[i] += (x[i] @ x[j]) * z[j] / 6
-                    pull[j] += (x[i] @ x[j]) * z[i] / 6
-            z = (probs.log() + fit / 50 + pull).softmax(1)
-        mean = [F.normalize(sum(z[i, c] * x[i] for i in range(20)), dim=0) for c in range(3)]
-        variance = sum(z[i, c] * (x[i] - mean[c]) ** 2 for i in range(20) for c in range(3)) / 20
+            z = (probs.log() + fit / 50 + affinity @ z).softmax(1)
+        mean = [F.normalize(sum(z[i, c] * x[i] for i in range(n)), dim=0) for c in range(3)]
+        variance = sum(z[i, c] * (x[i] - mean[c]) ** 2 for i in range(n) for c in range(3)) / n
     torch.testing.assert_close(whurs19.trans_clip(probs, x, rounds=1), z, rtol=1e-3, atol=1e-5)
 
 
 def test_whurs19(reference, tmp_path, capsys):
-    """On real features both mend zero-shot where classes are equally frequent; balance hurts where they are not."""
+    """On real features tclip's labels beat zero-shot, equal classes or not; balance hurts where they are not."""
     root = reference("whurs19_openai_clip_features.npz").parent
     run.main(["--suite", "whurs19", "--root", str(root), "--results", str(tmp_path)])
-    rows = rows_of(tmp_path / "whurs19.csv")
-    assert len(rows) == len(whurs19.METHODS) * 3 * 7  # models; one draw of equal classes, three of each ratio
-
-    def mean(method, classes):
-        return np.mean([float(r["labels"]) for r in rows if (r["method"], r["classes"]) == (method, classes)])
-
-    assert min(mean("TransCLIP", "1 : 1"), mean("EM of Gaussians", "1 : 1")) > mean("zero-shot", "1 : 1") + 0.1
-    assert mean("balance", "50 : 1") < mean("zero-shot", "50 : 1")
-    assert f"| zero-shot | {100 * mean('zero-shot', '1 : 1'):.1f} |" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "whurs19.csv")) == len(whurs19.METHODS) * 3 * 7  # models; one draw, three of 2 ratios
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    of = {name: [float(x) for x in cells] for _, name, *cells, _ in (map(str.strip, line.split("|")) for line in lines)}
+    assert all(ours > teacher + 2 for ours, teacher in zip(of["tclip's labels"], of["zero-shot"]))
+    assert of["EM of Gaussians"][0] > of["zero-shot"][0] + 10 and of["balance"][2] < of["zero-shot"][2]

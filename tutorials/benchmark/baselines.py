@@ -4,8 +4,8 @@ thing changed, to see what that is worth: STUDY.
     student, labels = METHODS["GCE"].run(config, images)
 
 Network, views, two views of each image a step, batch size, epochs, optimiser and learning rate are the same for all,
-and so is the training step, tclip.train(): a method is its targets and its objective. Co-teaching and DivideMix train
-two networks, in loops of their own. No method reads the truth. Hyperparameters of the others are those of their papers.
+and so is the training step, tclip.train(): a method is its targets and its objective. Co-teaching trains
+two networks, in a loop of its own. No method reads the truth. Hyperparameters of the others are those of their papers.
 """
 
 import inspect
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tclip.py of this checkout, installed or not
 import tclip
@@ -129,7 +128,7 @@ class ELR:
         return cross_entropy, self.weight * (1 - agreement).log().mean()
 
 
-# ==== Two networks: Co-teaching and DivideMix =========================================================================
+# ==== Two networks: Co-teaching =======================================================================================
 
 
 def new_student(config, images, classes):
@@ -174,17 +173,6 @@ def mean_of_views(values):
     return values.unflatten(0, (2, -1)).mean(0)
 
 
-class Average(nn.Module):
-    """Two students as one: the mean of their logits, and no embedding."""
-
-    def __init__(self, first, second):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x):
-        return (self.first(x)[0] + self.second(x)[0]) / 2, None
-
-
 def co_teaching(config, images, probs, forget_epochs=10):
     """Two networks, each of which learns from the images of a batch that are easy for the *other*.
 
@@ -214,90 +202,6 @@ def exchange(first, second, forget):
     keep = max(1, int((1 - forget) * len(first)))
     easy_for_first, easy_for_second = first.argsort()[:keep], second.argsort()[:keep]
     return first[easy_for_second].mean(), second[easy_for_first].mean()
-
-
-def divide_mix(config, images, probs, warm_up=10):
-    """Two networks; each tells the other which labels to believe, and the rest is learned without labels.
-
-    After `warm_up` epochs a mixture of two Gaussians is fitted to each network's losses once an epoch; images of the
-    low-loss one keep their label. Li et al. 2020, "DivideMix: Learning with Noisy Labels as Semi-supervised Learning",
-    algorithm 1, T = 0.5, alpha = 4, lambda_u = 25, tau = 0.5. Returns both networks as one, as the paper evaluates.
-    """
-    torch.manual_seed(config.seed)
-    networks = [new_student(config, images, probs.shape[1]) for _ in range(2)]
-    device = torch.device(config.device)
-    pixels, labels = images.pixels.to(device), probs.argmax(1).to(device)
-    for epoch in range(config.epochs):
-        believed = [torch.ones(len(pixels), device=device)] * 2
-        if epoch >= warm_up:  # both, before either is trained
-            believed = [clean_probability(label_loss(net, pixels, labels)).to(device) for net, _ in networks]
-        for network, (other, _), clean in zip(networks, networks[::-1], believed[::-1]):  # the other's division
-            divided_epoch(config, *network, other, pixels, labels, clean, epoch, epoch - warm_up)
-    return Average(*(net for net, _ in networks))
-
-
-def divided_epoch(config, student, optimizer, other, pixels, labels, clean, epoch, divided_epochs):
-    """One pass over the images whose label is believed, a batch of the others beside each of their batches.
-
-    clean: (N,), the chance that a label is right; above a half it is believed. Where there is nothing to divide it is
-    the paper's warm-up for noise that depends on the class: cross-entropy minus entropy. The unlabeled loss gets its
-    full weight over the first 16 divided epochs.
-    """
-    labeled, unlabeled = (clean > 0.5).nonzero().flatten(), (clean <= 0.5).nonzero().flatten()
-    divided = len(labeled) > 0 and len(unlabeled) > 0
-    labeled = labeled if divided else torch.arange(len(pixels), device=pixels.device)
-    student.train(), other.eval()
-    for step, index in enumerate(batches(config, optimizer, labeled, epoch)):
-        x = two_views(config, pixels[index])  # (2L, 3, S, S)
-        if not divided:
-            logits = forward(student, x)
-            negative_entropy = (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-            descend(optimizer, F.cross_entropy(logits, labels[index].repeat(2)) + negative_entropy)
-            continue
-        u = two_views(config, pixels[unlabeled[torch.randint(len(unlabeled), (len(index),), device=pixels.device)]])
-        with torch.no_grad():
-            one_hot = F.one_hot(labels[index], student.classifier.out_features).float()
-            own, w = mean_of_views(forward(student, x).softmax(1)), clean[index][:, None]
-            refined = w * one_hot + (1 - w) * own  # (L, C)
-            guessed = mean_of_views((forward(student, u).softmax(1) + forward(other, u).softmax(1)) / 2)  # (L, C)
-            targets = torch.cat([refined, refined, guessed, guessed]) ** 2  # sharpened: the power is 1 / T
-        views, targets = mixup(torch.cat([x, u]), targets / targets.sum(1, keepdim=True), alpha=4.0)
-        progress = min((divided_epochs + step * config.batch_size / len(labeled)) / 16, 1)
-        descend(optimizer, semi_supervised_loss(forward(student, views), targets, len(x), 25 * progress))
-
-
-def label_loss(student, pixels, labels):
-    """Cross-entropy of each image, without augmentation, with its label: (N,) on the CPU."""
-    p = tclip.predict(student, pixels)  # (N, C)
-    return -p.gather(1, labels.cpu()[:, None]).squeeze(1).clamp_min(1e-30).log()
-
-
-def clean_probability(losses):
-    """The chance that a label is right, (N,): of the low-loss one of two Gaussians fitted to the losses, (N,)."""
-    from sklearn.mixture import GaussianMixture
-
-    span = (losses.max() - losses.min()).clamp_min(1e-12)  # no division by zero where all are equal
-    column = ((losses - losses.min()) / span).double().numpy()[:, None]
-    mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(column)
-    return torch.from_numpy(mixture.predict_proba(column)[:, mixture.means_.argmin()]).float()
-
-
-def mixup(inputs, targets, alpha):
-    """Each row mixed with a random other; its own share is one draw of Beta(alpha, alpha), and at least a half."""
-    share = torch.distributions.Beta(alpha, alpha).sample().item()
-    share, partner = max(share, 1 - share), torch.randperm(len(inputs), device=inputs.device)
-    return share * inputs + (1 - share) * inputs[partner], share * targets + (1 - share) * targets[partner]
-
-
-def semi_supervised_loss(logits, targets, labeled, weight):
-    """Cross-entropy of the first `labeled` rows, `weight` x squared error of the rest, and the penalty.
-
-    The penalty is the divergence from equally frequent classes to the mean prediction, lest all become one class.
-    """
-    p = logits.softmax(1)  # (2L + 2U, C)
-    squared_error = (p - targets)[labeled:].square().mean()
-    penalty = -(p.mean(0) * p.shape[1]).log().mean()
-    return F.cross_entropy(logits[:labeled], targets[:labeled]) + weight * squared_error + penalty
 
 
 # ==== The table of methods ============================================================================================
@@ -376,7 +280,6 @@ METHODS = {
     "SimCLR + CE": fixed("Chen et al. 2020", hard, lambda: partial(contrast, by_class=False, temperature=0.5)),
     "SupCon + CE": fixed("Khosla et al. 2020", hard, lambda: partial(contrast, by_class=True, temperature=0.1)),
     "Co-teaching": Method("Han et al. 2018", two_networks=co_teaching),
-    "DivideMix": Method("Li et al. 2020", two_networks=divide_mix),
     "tclip": Method("this project, after Huang et al. 2022"),
     "tclip without C3L": Method("its ensemble labels alone", settings=dict(c3l_weight=0.0)),
     "tclip with fixed labels": Method("its C3L alone", settings=dict(label_momentum=1.0)),
@@ -386,7 +289,7 @@ METHODS = {
 # Baselines that get the same start of the labels as tclip: what comes of better labels, and what of better training.
 STARTED = {
     f"{name} on tclip's start": replace(METHODS[name], started=True)
-    for name in ("cross-entropy", "soft labels", "GCE", "ELR", "SimCLR + CE", "SupCon + CE", "DivideMix")
+    for name in ("cross-entropy", "soft labels", "GCE", "ELR", "SimCLR + CE", "SupCon + CE")
 } | {"tclip with fixed labels on its start": Method("C3L", settings=FIXED, features=False, started=True)}
 
 # ==== tclip with one thing changed ====================================================================================
@@ -440,7 +343,7 @@ STUDY = {
 } | dict(
     [
         changed(class_prior="uniform"),
-        *(changed(label_neighbours=value) for value in (5, 10, 20, 40)),
+        *(changed(label_neighbours=value) for value in (5, 20, 40)),
         *(changed(label_momentum=value) for value in (0.0, 0.8)),
         *(changed(class_share=value) for value in (0.0, 1.0)),
         *(changed(c3l_weight=value) for value in (0.3, 3.0)),

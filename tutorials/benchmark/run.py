@@ -1,7 +1,7 @@
 """Benchmark: tclip beside other ways to learn from the same noisy pseudo-labels, several seeds each.
 
     python tutorials/benchmark/run.py --suite digits                          # offline
-    python tutorials/benchmark/run.py --suite digits --methods tclip,GCE --seeds 5
+    python tutorials/benchmark/run.py --suite digits --methods tclip,GCE --seeds 5        # or all
     python tutorials/benchmark/run.py --suite digits --study                  # tclip with one thing changed
     python tutorials/benchmark/run.py --suite eurosat-gpt4v --root data       # images named by GPT-4V, for a CPU
     python tutorials/benchmark/run.py --suite cifar10-votes --root data --full            # all images, for a GPU
