@@ -8,7 +8,7 @@
 CLIP names every image once. Its answers are noisy, and for some classes nearly always wrong. A small network is trained
 from scratch on them with a class-conditional contrastive loss and ensemble labels. Method: Huang et al., "Transductive
 CLIP with Class-Conditional Contrastive Learning", ICASSP 2022, arXiv 2206.06177; the equations are our reading of it,
-see README.md. The parts up to the ensemble labels need torch and nothing else: copy them out.
+see README.md. The parts from the pseudo-labels to the ensemble labels need torch alone: copy them out.
 """
 
 import argparse
@@ -155,10 +155,10 @@ def neighbour_mean(embeddings, said, k, pool=50_000):
 
 
 def candour(answers, near):
-    """How far the teacher's answers (N, C) count, in [0, 1]: 1 where they claim no more than they know.
+    """a of bayes_rule(): how far the teacher's answers (N, C) count. 1 where they claim no more than they know.
 
-    That is the exponent at which they best foretell what neighbourhoods choose, to the power 8. near: what is said of
-    the neighbours, (N, C). Those of one mind testify most; where none are, the answers' own small testimony counts.
+    It is b^8, where answers^b, b in [0, 1], best foretell what the neighbourhoods choose. near: what is said of the
+    neighbours, (N, C). Those of one mind testify most; where none are, the answers' own small testimony counts.
     """
     share, choice = near.max(1, keepdim=True)
     testimony = (0.01 * answers).scatter_add_(1, choice, share**8)  # (N, C)
@@ -166,23 +166,23 @@ def candour(answers, near):
     return max(powers, key=lambda a: (testimony * (a**0.125 * answers.log()).log_softmax(1)).sum().item())
 
 
-def bayes_rule(answers, near, mass, candour=1.0, sharpness=1.5, smoothing=0.1):
-    """Labels (N, C): prior x likelihood of the teacher's word x likelihood of the neighbourhood,
+def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
+    """Labels (N, C): (prior x likelihood of the teacher's word)^a x (likelihood of the neighbourhood)^s,
 
-        q_ic ~ (pi_c T0_ic / mean_j T0_jc)^a (n_ic / pi_c)^s
+        q_ic ~ (pi_c T0_ic / mean_j T0_jc)^a (n_ic / pi_c + smoothing)^s,    a: trust, s: sharpness
 
     answers: T0, the teacher's (N, C); over its mean, how much likelier this word is where c is true. near: n, the mean
     of what is said of the neighbours (N, C). mass: pi, that of all images (C,); n / pi is how much denser c is there.
     """
     density = (near + smoothing * mass) / mass
-    return (candour * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
+    return (trust * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
 
 
 def with_shares(probs, shares, iterations=100):
     """The nearest labels (N, C) whose classes have the given shares (C,): optimal transport (Sinkhorn and Knopp)."""
     weights = torch.ones_like(shares)
     for _ in range(iterations):
-        weights = shares * len(probs) / (probs.T @ (1 / (probs @ weights)))
+        weights = shares / shares.sum() * len(probs) / (probs.T @ (1 / (probs @ weights)))
     return (probs * weights / (probs @ weights)[:, None]).clamp_min(1e-6)  # its log is to be finite in float16, too
 
 
@@ -191,7 +191,7 @@ class EnsembleLabels(torch.nn.Module):
 
     Before training the embedding is CLIP's, where it gives features (N, D), and what is said of an image is its label,
     in 20 rounds; after each epoch, the student's, and its mean prediction over the views that it saw. probs: the
-    teacher's answers (N, C). class_prior: the classes' shares (C,), where they are known. `table` is T, float16 (N, C).
+    teacher's answers (N, C). class_prior: the classes' shares (C,), of any sum, if known. `table` is T, float16 (N, C).
     Of the paper only that there are ensemble labels is known; the rule is ours.
     """
 
@@ -202,14 +202,14 @@ class EnsembleLabels(torch.nn.Module):
         self.register_buffer("answers", (answers if class_prior is None else with_shares(answers, class_prior)).half())
         self.register_buffer("table", self.answers.clone())
         self.register_buffer("candour", torch.ones((), device=probs.device))
-        self.predictions, self.embeddings = torch.zeros_like(self.table), None  # sums over this epoch's views
+        self.predictions, self.embeddings = torch.zeros_like(self.table), None  # sums over an epoch's views
         if features is not None and momentum < 1:
             for _ in range(20):
                 self.update(slice(None), self.targets(slice(None)), F.normalize(features.float(), dim=1))
-            self.answers.copy_(self.table)
+            self.answers.copy_(self.table)  # from now on these are T0
 
     def update(self, index, said, embeddings):
-        """One step for the images `index`, of whom this is said, (B, C), at these places, unit rows (B, D)."""
+        """One step for the images `index`: what is said of each, (B, C), and its embedding, unit rows (B, D)."""
         answers = F.normalize(self.answers[index].float(), p=1, dim=1)
         near, mass = neighbour_mean(embeddings, said, self.neighbours), said.mean(0).clamp_min(1e-6)
         self.candour.fill_(candour(answers, near))
@@ -259,8 +259,8 @@ def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, j
     """Random parameters of n views, a dict of float32 tensors (n,).
 
     width, height, left, top: a window in shares of the image's side, as torchvision's RandomResizedCrop draws it: its
-    area from `area`, its width / height from `ratio`, anew until it lies within the image (above 1, the image shrinks
-    within it). angle: degrees, counter-clockwise, within +-rotate. mirrored: 1 with probability `flip`, otherwise 0.
+    area from `area`, its width / height from `ratio`, anew until it lies within the image (not where `area` goes above
+    1: the image may shrink in it). angle: degrees, counter-clockwise, within +-rotate. mirrored: 1, by chance `flip`.
     brightness, contrast, saturation: factors within 1 +- jitter; saturation is 0 with probability `gray`.
     """
     tries = torch.rand(2, 10, n, device=device)
@@ -349,11 +349,11 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     student = Student(config.arch, probs.shape[1], pixels.shape[-1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
     probs, features = (None if x is None else x.to(device) for x in (probs, features))
-    shares = None if config.class_prior == "none" else torch.ones_like(probs[0])
-    if config.class_prior not in ("none", "uniform"):
-        shares = probs.new_tensor([float(share) for share in config.class_prior.split(",")])
-    rule = config.label_momentum, config.label_neighbours, shares if shares is None else shares / shares.sum()
-    labels = EnsembleLabels(probs, features, *rule)
+    prior = config.class_prior.replace("uniform", ",".join("1" * probs.shape[1]))
+    shares = None if prior == "none" else torch.tensor([float(share) for share in prior.split(",")], device=device)
+    if shares is not None and (len(shares) != probs.shape[1] or not (shares > 0).all()):
+        raise UserError(f"--class-prior {prior}: none, uniform, or {probs.shape[1]} numbers above 0, by commas")
+    labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, shares)
     parts, history = dict(student=student, optimizer=optimizer, labels=labels), []
     if out and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
@@ -365,11 +365,13 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     model = nn.SyncBatchNorm.convert_sync_batchnorm(student) if world > 1 and device.type == "cuda" else student
     model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     model = torch.compile(model) if config.compile else model
-    steps = math.ceil(len(pixels) / config.batch_size)  # an epoch
+    steps = min(math.ceil(len(pixels) / config.batch_size), len(pixels) // world)  # an epoch
 
     bar = tqdm(None, "student", config.epochs * steps, initial=len(history) * steps, disable=rank > 0 or None)
     for epoch in range(len(history), config.epochs):
         started, losses = time.time(), torch.zeros(2, device=device)
+        for buffer in labels.buffers() if world > 1 else ():  # sums on a GPU differ in the last bit
+            dist.broadcast(buffer, 0)
         torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # the draws of an epoch depend on no earlier one
         order = torch.randperm(len(pixels), device=device)
         order = order[: len(order) // world * world].view(-1, world)  # (N / W, W): a column for each process
@@ -393,8 +395,6 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
         if not losses.isfinite().all():
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {config.lr}")
         labels.end_epoch()
-        for buffer in labels.buffers() if world > 1 else ():  # sums on a GPU differ in the last bit
-            dist.broadcast(buffer, 0)
         classification, contrastive = losses.tolist()
         changed = (labels.table.argmax(1) != probs.argmax(1)).float().mean().item()
         row = dict(epoch=epoch + 1, loss=classification + contrastive, classification=classification)
@@ -419,7 +419,7 @@ def tclip_objective(logits, z, index, labels, config):
     targets = labels.targets(index)  # (B, C)
     cross_entropy = F.cross_entropy(logits, targets.repeat(2, 1))
     if config.c3l_weight == 0:
-        return cross_entropy, torch.zeros_like(cross_entropy)
+        return cross_entropy, 0 * z.sum()  # DDP wants a gradient of each weight
     c3l = class_conditional_contrastive_loss(z, targets, config.temperature, config.class_share)
     return cross_entropy, config.c3l_weight * c3l
 
@@ -449,7 +449,7 @@ def has_fast_bfloat16(device):
     return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-# ==== Evaluation: here alone truth is read ============================================================================
+# ==== Evaluation: truth is used here and in the results alone =========================================================
 @torch.inference_mode()
 def predict(student, pixels):
     """Class probabilities, float32 (N, C) on the CPU, of uint8 pixels (N, 3, S, S) on any device. No augmentation."""
@@ -487,8 +487,8 @@ def handwritten_digits(train):
     """Scikit-learn's 1797 real digits, 8 x 8 pixels: (PIL image, label) pairs. A fifth is held out, stratified."""
     digits = load_digits()
     gray = (digits.images * (255 / 16)).round().astype("uint8")  # from 0..16
-    parts = train_test_split(range(len(gray)), test_size=0.2, stratify=digits.target, random_state=0)
-    return torch.utils.data.Subset([*zip(map(Image.fromarray, gray), digits.target.tolist())], sorted(parts[not train]))
+    kept = train_test_split(range(len(gray)), test_size=0.2, stratify=digits.target, random_state=0)[0 if train else 1]
+    return torch.utils.data.Subset([*zip(map(Image.fromarray, gray), digits.target.tolist())], sorted(kept))
 
 
 DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)s; prompts: openai/CLIP, prompts.md
@@ -542,7 +542,7 @@ def load_images(config, split, clip):
     features = torch.cat(rows) if asked else features
     if asked and config.cache != "none":
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(draft := file.with_suffix(".part.npy"), features)
+        np.save(draft := file.with_suffix(f".{os.getpid()}.npy"), features)
         os.replace(draft, file)  # whole or not at all
     names = [f"{i:05d}" for i in getattr(source, "indices", range(len(source)))]
     return Images(names, torch.cat(pixels), torch.tensor(truth), features=features)
@@ -649,7 +649,7 @@ def run(config, read=read_dataset, resumed=False):
         Path(config.out, "config.json").write_text(json.dumps(asdict(config), indent=1))
     try:
         if rank > 0:
-            dist.barrier()  # the first alone downloads, and asks CLIP: its features are kept
+            dist.barrier()  # the first downloads and asks CLIP before the others, who find both kept
         unlabeled, heldout, classes = read(config)
         if rank == 0 and world > 1:
             dist.barrier()
@@ -657,7 +657,7 @@ def run(config, read=read_dataset, resumed=False):
     except KeyboardInterrupt:
         raise UserError(f"stopped; go on with --resume {config.out}") from None
     summary = write_results(config, unlabeled, heldout, classes, student, labels, started) if rank == 0 else None
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()  # nobody leaves before the results are written: torchrun would stop the first
         dist.destroy_process_group()
     return summary
@@ -739,8 +739,8 @@ def main(argv=None):
     file = Path(folder or "", "config.json")
     if folder and not file.is_file():
         raise UserError(f"--resume {folder}: there is no run")
-    begun = json.loads(file.read_text()) | dict(out=folder) if folder else DATASETS[name]["settings"]
-    if summary := run(Config(**begun | given), resumed=bool(folder)):
+    begun = json.loads(file.read_text()) if folder else DATASETS[name]["settings"]  # what is given replaces it
+    if summary := run(Config(**begun | given | (dict(out=folder) if folder else {})), resumed=bool(folder)):
         print("right of the unlabeled images: teacher {unlabeled_teacher_accuracy:.1%}, student "
               "{unlabeled_student_accuracy:.1%}; of the held-out ones: {heldout_teacher_accuracy:.1%}, "
               "{heldout_student_accuracy:.1%}; {seconds:.0f} s on {device}; see {out}".format(**summary))  # fmt: skip

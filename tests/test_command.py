@@ -79,8 +79,7 @@ def test_resume(finished, tmp_path, monkeypatch, capsys):
     assert "s on cpu; see moved" in said
     main(["--resume", "moved", "--epochs", "3", "--cache", "none"])
     assert [row["epoch"] for row in rows_of(copy / "metrics.csv")] == ["1", "2", "3"]
-    changed, before = (json.loads((folder / "config.json").read_text()) for folder in (copy, finished))
-    assert changed == before | dict(epochs=3, cache="none", out="moved")
+    assert (copy / "config.json").read_text() == (finished / "config.json").read_text()  # as the run began
     with pytest.raises(UserError, match="^--resume nowhere: there is no run$"):
         main(["--resume", "nowhere"])
 

@@ -104,7 +104,7 @@ print("equal to text_classifier:", torch.allclose(by_hand, prompts[seven]))
 # This is called *zero-shot* classification. Let us ask it about one image.
 
 # %%
-probs = tclip.zero_shot_probs(images.features, prompts)  # (N, C)
+probs = tclip.zero_shot_probs(images.features, prompts, clip.temperature)  # (N, C)
 cosines = images.features @ prompts.T  # (N, C)
 named = probs.argmax(1)
 right = named == images.truth
@@ -321,11 +321,11 @@ takeaway(
 #
 # ```python
 # numerals = tclip.text_classifier(clip.encode_texts, list("0123456789"), RECIPE["templates"])
-# answer = tclip.score(tclip.zero_shot_probs(images.features, numerals), images.truth)
+# answer = tclip.score(tclip.zero_shot_probs(images.features, numerals, clip.temperature), images.truth)
 # print(answer["accuracy"], dict(zip(classes, answer["per_class"])))
 # ```
 # The name of a class is a setting like any other. This CLIP has met both kinds, about equally often; a CLIP from the
-# web may know one of two names far better, which is why `DATASETS` has names that differ from those of the data sets.
+# web may know one of two names far better.
 # </details>
 #
 # **2.** Invent a prompt for the offline CLIP, say "a sketch of a {}." What happens, and why is that better than an

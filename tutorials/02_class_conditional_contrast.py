@@ -43,6 +43,7 @@ sys.path[:0] = ["..", "."]
 
 # %%
 import time
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -65,62 +66,77 @@ torch.manual_seed(0)
 #
 # $$L_i = -\log\frac{\exp s_{ii^+}}{\sum_{k\ne i}\exp s_{ik}}$$
 #
-# The loss of a batch is the mean of all $L_i$. No label is in it. Here it is by hand, and by tclip's function.
+# The loss of a batch is the mean of all $L_i$. No label is in it. In code it is three lines.
+
 
 # %%
+def simclr(z, targets=None):
+    """Unit rows (2B, D) of two views -> a scalar. It reads no labels."""
+    similar = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)  # (2B, 2B); a row is no answer to its own question
+    other_view = torch.arange(len(z)).roll(len(z) // 2)
+    return F.cross_entropy(similar, other_view)
+
+
 B = 6
 z = F.normalize(torch.randn(2 * B, 16), dim=1)  # row i and row i + B are the two views of an image
-any_labels = torch.rand(B, 3).softmax(1)
-
-similar = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)  # a row is no answer to its own question
-other_view = torch.arange(2 * B).roll(B)
-simclr = F.cross_entropy(similar, other_view)
-same_by_tclip = class_conditional_contrastive_loss(z, any_labels, 0.5, class_share=0, negatives="all")
+no_class, one_class = torch.eye(B), torch.ones(B, 1)  # no two images share a class; all do
+by_tclip = class_conditional_contrastive_loss(z, no_class, temperature=0.5)
 takeaway(
-    f"SimCLR is cross-entropy over the rows of a batch: {simclr:.4f} by hand, {same_by_tclip:.4f} by tclip with "
-    'class_share=0 and negatives="all", whatever the labels.'
+    f"SimCLR is cross-entropy over a batch: {simclr(z):.4f}. tclip's loss, of images all different: {by_tclip:.4f}."
 )
 
 # %% [markdown]
 # ## How do labels get in?
 #
 # SimCLR (Chen et al. 2020) pushes every other image away, also one of the same class. *SupCon* (supervised contrast,
-# Khosla et al. 2020) uses labels against that: every row of the same class is pulled. If labels are wrong, so are its
-# pulls. Both, and more, are one formula with two sets of weights. $w$ says what is pulled, and $v$ what is pushed; $j$
-# and $k$ run over all rows but $i$:
+# Khosla et al. 2020) pulls all that are called alike, and pushes all others. If labels are wrong, so are its pulls.
+# How much two images are called alike is one number, the *class agreement* $a_{ij} = \langle T_i, T_j\rangle$. If $T_i$
+# and $T_j$ are the probabilities of the classes of two images, this is the chance that both are of the same class, if
+# one tells nothing about the other. Of the other view of an image it is one, whatever the labels.
+#
+# tclip's loss has two tables of weights made of it. $w$ says what is pulled, and $v$ what is pushed; $j$ and $k$ run
+# over all rows but $i$:
 #
 # $$L_i = -\sum_j w_{ij} \log\frac{\exp s_{ij}}{\sum_{k} v_{ik}\exp s_{ik}}$$
 #
-# Both sets depend on one number for each pair, the *class agreement* $a_{ij} = \langle T_i, T_j\rangle$. If $T_i$ and
-# $T_j$ are the probabilities of the classes of two images, this is the chance that both are of the same class, if one
-# tells nothing about the other. Of the other view of an image it is one, whatever the labels.
+# | loss | pulls, $w_{ij}$ | pushes, $v_{ik}$ |
+# |---|---|---|
+# | SimCLR | the other view: 1 for $j=i^+$, else 0 | all: 1 |
+# | SupCon, soft labels | classmates: $a_{ij}/\sum_k a_{ik}$ | all: 1 |
+# | C3L by instance, `class_share=0` | the other view | other classes: $1-a_{ik}$ |
+# | C3L by class, `class_share=1` | classmates | other classes: $1-a_{ik}$ |
+# | C3L in tclip, a `class_share` between | a share of each | other classes: $1-a_{ik}$ |
 #
-# | `class_share` | `negatives` | $w_{ij}$ | $v_{ik}$ | in words |
-# |---|---|---|---|---|
-# | 0 | all | 1 for $j=i^+$, else 0 | 1 | SimCLR: pull the other view, push all others |
-# | 1 | all | $a_{ij}/\sum_k a_{ik}$ | 1 | SupCon with soft labels: pull classmates, push all others |
-# | 0 | other | 1 for $j=i^+$, else 0 | $1-a_{ik}$ | pull the other view, push those of other classes |
-# | 1 | other | $a_{ij}/\sum_k a_{ik}$ | $1-a_{ik}$ | pull classmates, push those of other classes |
-#
-# (The other view has $v_{ii^+} = 1$; and in the term of a positive $j$ its own $v_{ij}$ is 1, so that no ratio can
-# exceed one.) A `class_share` between 0 and 1 mixes the two $w$. tclip pushes only *other* classes.
+# (In C3L the other view has $v_{ii^+} = 1$; and in the term of a positive $j$ its own $v_{ij}$ is 1, so that no ratio
+# can exceed one.) The share is a setting with a default, and stays the same from the first epoch to the last.
+
 
 # %%
-CHOICES = {
-    "SimCLR": dict(class_share=0, negatives="all"),
-    "SupCon": dict(class_share=1, negatives="all"),
-    "C3L, pull by instance": dict(class_share=0, negatives="other"),
-    "C3L, pull by class": dict(class_share=1, negatives="other"),
+def supcon(z, targets):
+    """Unit rows (2B, D) of two views, labels (B, C) -> a scalar."""
+    similar = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)
+    itself = torch.eye(len(z), dtype=torch.bool)
+    pulls = (targets @ targets.T).repeat(2, 2).masked_fill(itself.roll(len(z) // 2, 0), 1).masked_fill(itself, 0)
+    pulls = pulls / pulls.sum(1, keepdim=True)  # w
+    return -(pulls * similar.log_softmax(1).masked_fill(itself, 0)).sum(1).mean()
+
+
+CHOICES = {  # each a function (z, targets) -> loss
+    "SimCLR": simclr,
+    "SupCon": supcon,
+    "C3L by instance": partial(class_conditional_contrastive_loss, class_share=0),
+    "C3L by class": partial(class_conditional_contrastive_loss, class_share=1),
+    "C3L in tclip": class_conditional_contrastive_loss,
 }
-one_class, no_class = torch.ones(B, 1), torch.eye(B)  # everybody agrees; nobody does
+SHARE = tclip.Config.class_share
+print(f"tclip's default: class_share = {SHARE:g}")
 ends = {}
-for name, choice in CHOICES.items():
-    ends[name] = [class_conditional_contrastive_loss(z, T, 0.5, **choice).item() for T in (one_class, no_class)]
-    print(f"{name:22} all of one class: {ends[name][0]:6.4f}    all of different classes: {ends[name][1]:6.4f}")
-alone, apart = ends["C3L, pull by instance"]
+for name, loss in CHOICES.items():
+    ends[name] = [round(loss(z, T).item(), 4) + 0.0 for T in (one_class, no_class)]
+    print(f"{name:16} all of one class: {ends[name][0]:7.4f}    all of different classes: {ends[name][1]:7.4f}")
 takeaway(
-    f"C3L lies between two ends: where no two images share a class it is SimCLR ({apart:.4f} against {simclr:.4f} "
-    f"above), and where all do, nobody is pushed; by instance nothing is left to lose ({abs(alone):.4f})."
+    "where no two images share a class all five are the same loss. Where all do, SimCLR and SupCon still push "
+    f"everybody apart, and C3L nobody: by instance nothing is left to lose ({abs(ends['C3L by instance'][0]):.4f})."
 )
 
 # %% [markdown]
@@ -133,15 +149,15 @@ takeaway(
 # %%
 config = tclip.Config(**tclip.DATASETS["digits"]["settings"], device="cpu", cache="none")
 images, _, classes = tclip.read_dataset(config)
-rule = config.label_momentum, config.label_neighbours, config.class_prior
 truth, C, EACH = F.one_hot(images.truth).float(), len(classes), 8
+equal_shares = torch.ones(C) / C  # what tclip is told of the digits
 rows = torch.cat([(images.truth == c).nonzero()[:EACH, 0] for c in range(C)])  # eight of each class
 
 kinds = {
     "the truth": truth,
     "CLIP, hard": F.one_hot(images.probs.argmax(1), C).float(),
     "CLIP, soft": images.probs,
-    "tclip's start": tclip.EnsembleLabels(images.probs, images.features, *rule).table.float(),
+    "tclip's start": tclip.EnsembleLabels(images.probs, images.features, class_prior=equal_shares).targets(slice(None)),
 }
 figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True)
 for ax, (name, labels) in zip(axes, kinds.items()):
@@ -182,10 +198,10 @@ targets = torch.eye(SIZE).repeat_interleave(MEMBERS, 0)  # (12, 3)
 z = F.normalize(torch.randn(2 * len(targets), 512), dim=1)
 by_image = torch.arange(len(z)).view(2, -1).T.flatten()  # the two views of an image side by side
 
-figure, axes = plt.subplots(1, 4, figsize=(12, 3.5), sharey=True)
-for ax, (name, choice) in zip(axes, CHOICES.items()):
+figure, axes = plt.subplots(1, 5, figsize=(13, 3.1), sharey=True)
+for ax, (name, loss) in zip(axes, CHOICES.items()):
     moving = z.clone().requires_grad_()
-    class_conditional_contrastive_loss(moving, targets, 0.5, **choice).backward()
+    loss(moving, targets).backward()
     forces = torch.linalg.lstsq(z.T, -moving.grad.T).solution.T  # forces[i, j]: of row j on row i
     forces = forces[by_image][:, by_image] / forces.abs().max()
     picture = ax.imshow(forces.sign() * forces.abs().sqrt(), cmap="PuOr", vmin=-1, vmax=1)
@@ -226,19 +242,19 @@ def labels_with(share):
     return targets
 
 
-def force(targets, choice, temperature=0.5):
+def force(targets, loss):
     """Minus the gradient with respect to the angle of each point: above zero is counter-clockwise."""
     moving = turn.clone().requires_grad_()
     z = torch.stack([moving.cos(), moving.sin()], 1)
-    class_conditional_contrastive_loss(z, targets, temperature, **choice).backward()
+    loss(z, targets).backward()
     return -moving.grad
 
 
-def draw(ax, share, choice):
+def draw(ax, share, loss):
     """The points on the circle, the forces on them outside of it, and a red ring around those with the wrong label."""
     ax.add_patch(plt.Circle((0, 0), 1, fill=False, color="lightgray", zorder=0))
     x, y = turn.cos(), turn.sin()
-    push = force(labels_with(share), choice) / 0.3
+    push = force(labels_with(share), loss) / 0.3
     ax.quiver(1.16 * x, 1.16 * y, -push * y, push * x, angles="xy", scale_units="xy", scale=1, width=0.011)
     for group, marker, color in ((~is_b, "o", SKY), (is_b, "s", ORANGE)):
         group = group.repeat(2)
@@ -250,33 +266,33 @@ def draw(ax, share, choice):
     ax.spines[:].set_visible(False)
 
 
-figure, axes = plt.subplots(2, 4, figsize=(12, 5))
-for column, (name, choice) in zip(axes.T, CHOICES.items()):
-    draw(column[0], 0, choice)
-    draw(column[1], 1, choice)
+figure, axes = plt.subplots(2, 5, figsize=(13, 4.4))
+for column, (name, loss) in zip(axes.T, CHOICES.items()):
+    draw(column[0], 0, loss)
+    draw(column[1], 1, loss)
     column[0].set_title(name)
 axes[0, 0].set_ylabel("all labels right")
 axes[1, 0].set_ylabel("one label wrong")
 plt.show()
 
 
-def towards_b(share, choice):
+def towards_b(share, loss):
     """Force on the two views of image WRONG in the direction of class B, which lies counter-clockwise of it."""
-    return force(labels_with(share), choice)[[WRONG, WRONG + 6]].sum().item()
+    return force(labels_with(share), loss)[[WRONG, WRONG + 6]].sum().item()
 
 
-for name, choice in CHOICES.items():
-    print(f"{name:22} force on the image towards class B: {towards_b(0, choice):+.3f} with the right label, "
-          f"{towards_b(1, choice):+.3f} with the wrong one")  # fmt: skip
-turned = [name for name, choice in CHOICES.items() if towards_b(0, choice) < 0 < towards_b(1, choice)]
+for name, loss in CHOICES.items():
+    print(f"{name:16} force on the image towards class B: {towards_b(0, loss):+.3f} with the right label, "
+          f"{towards_b(1, loss):+.3f} with the wrong one")  # fmt: skip
+turned = [name for name, loss in CHOICES.items() if towards_b(0, loss) < 0 < towards_b(1, loss)]
 takeaway(f"the wrong label turns the force round, towards the wrong class, with: {'; '.join(turned)}.")
 
 # %% [markdown]
 # ## Where does a wrong label hurt less?
 #
 # The numbers above, with all in between: let the label of that one image go over from A to B bit by bit. A label on
-# which CLIP is undecided lies in the middle. Left, the four choices; right, C3L with shares $c$ of class and $1 - c$ of
-# instance:
+# which CLIP is undecided lies in the middle. Left, the losses of above; right, C3L with shares $c$ of class and $1 - c$
+# of instance:
 #
 # $$w_{ij} = c\,\frac{a_{ij}}{\sum_k a_{ik}} + (1-c)\,[j=i^+]$$
 #
@@ -284,26 +300,29 @@ takeaway(f"the wrong label turns the force round, towards the wrong class, with:
 
 # %%
 shares = [s / 20 for s in range(21)]
-mixes = {f"C3L, c = {c:g}": dict(class_share=c, negatives="other") for c in (1, 0.75, 0.5, 0.25, 0)}
+mixes = {
+    f"C3L, c = {c:g}": partial(class_conditional_contrastive_loss, class_share=c) for c in (1, 0.75, 0.5, SHARE, 0)
+}
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.3), sharey=True)
-for ax, choices in zip(axes, (CHOICES, mixes)):
-    colors, lines = (BLACK, RED, BLUE, PINK, GREEN), ("-", "--", "-.", ":", "-")
-    for (name, choice), color, line in zip(choices.items(), colors, lines):
-        ax.plot(shares, [towards_b(s, choice) for s in shares], color=color, ls=line, label=name)
+for ax, losses in zip(axes, (CHOICES, mixes)):
+    colors, lines = (BLACK, RED, GREEN, BLUE, PINK), ("-", "--", "-", "-.", ":")
+    for (name, loss), color, line in zip(losses.items(), colors, lines):
+        ax.plot(shares, [towards_b(s, loss) for s in shares], color=color, ls=line, label=name)
     ax.axhline(0, color="gray", lw=0.8)
     ax.set(xlabel="share of the label on the wrong class", ylim=(-0.75, 0.75))
     ax.legend(ncols=2, fontsize=8, loc="lower right")
 axes[0].set_ylabel("force towards\nthe wrong class")
 plt.show()
 turns = {}  # the share of the label at which the force begins to point at the wrong class, to a percent
-for name, choice in CHOICES.items():
-    turns[name] = next((f"{s}%" for s in range(101) if towards_b(s / 100, choice) > 0), "none")
+for name, loss in CHOICES.items():
+    turns[name] = next((f"{s}%" for s in range(101) if towards_b(s / 100, loss) > 0), "none")
 print("share of the label from which the force points to the wrong class:", turns)
+pull = {name: towards_b(1, loss) for name, loss in CHOICES.items()}
 takeaway(
-    f"a label that is {turns['SupCon']} wrong is enough to turn the image towards the wrong class with SupCon; with "
-    f"C3L by instance it takes {turns['C3L, pull by instance']}. A label that is entirely wrong pulls with "
-    f"{towards_b(1, CHOICES['C3L, pull by class']):.3f} by class, {towards_b(1, CHOICES['C3L, pull by instance']):.3f} "
-    "by instance."
+    f"the force turns to the wrong class once {turns['SupCon']} of the label are wrong with SupCon, and "
+    f"{turns['C3L in tclip']} with tclip's loss. A label that is entirely wrong pulls with {pull['SupCon']:.2f} in "
+    f"SupCon, and in C3L with {pull['C3L by class']:.2f} by class, {pull['C3L by instance']:.2f} by instance and "
+    f"{pull['C3L in tclip']:.2f} with tclip's share of {SHARE:g}."
 )
 
 # %% [markdown]
@@ -312,10 +331,9 @@ takeaway(
 # what is pulled together rests on something that cannot be wrong: that two views are of the same image. On the other
 # hand SimCLR, which reads no label, learns nothing from the right ones either.
 #
-# So tclip takes both, in shares: early, labels are the best there is, and to pull by them teaches classes; where the
-# student has found which images are alike, it pays to tell them apart, so that a group with a wrong name can part from
-# the class of that name. And no choice is safe from labels that are sure of a wrong class: these have to be mended,
-# the subject of [notebook 3](03_ensemble_labels.ipynb).
+# So tclip takes a share of both, throughout: to pull by class teaches classes, and to pull by instance lets a group
+# with a wrong name part from the class of that name. No choice is safe from labels that are sure of a wrong class:
+# these have to be mended, the subject of [notebook 3](03_ensemble_labels.ipynb).
 #
 # ## What do the lines of the function do?
 #
@@ -341,13 +359,14 @@ show_source(class_conditional_contrastive_loss, tclip.tclip_objective)
 #
 # ## Exercises
 #
-# **1.** What does the temperature do? Draw the right column of the points with `temperature=0.1` and `2.0`.
+# **1.** What does the temperature do? Draw the points with `temperature=0.1` and `2.0`.
 #
 # <details><summary>Answer</summary>
 #
-# Give `draw` the temperature, and hand it to `force`. A row is pushed by each of the others in proportion to
-# $v_{ik}\exp s_{ik}$, so by those most that are most similar to it, the *hard negatives*. At a low temperature hardly
-# anybody else counts; at a high one all push nearly alike. (Forces also grow as the temperature falls: scale them.)
+# `draw(ax, 0, partial(class_conditional_contrastive_loss, temperature=0.1))`. A row is pushed by each of the others in
+# proportion to $v_{ik}\exp s_{ik}$, so by those most that are most similar to it, the *hard negatives*. At a low
+# temperature hardly anybody else counts; at a high one all push nearly alike. (Forces also grow as the temperature
+# falls: scale them.)
 # </details>
 #
 # **2.** Place one image of class A among the others (change `angles`), with its right label. Which choices bring it

@@ -14,14 +14,14 @@
 # ---
 
 # %% [markdown]
-# # 3. Can labels be mended while a network learns from them?
+# # 3. Can labels be mended, before a network learns from them and while it does?
 #
 # [![Open in Colab][badge]][colab]
 #
 # [Notebook 1](01_pseudo_labels.ipynb) ended with labels of which many are wrong, and wrong together. But images that
 # are alike mostly share a class, and the teacher's names did not use that. Here you see how Bayes' rule puts the two
-# together, first with CLIP's own image features, before anything is trained, then with the features of the student, as
-# it learns. These are tclip's *ensemble labels*.
+# together: first with CLIP's own image features, before anything is trained, then with the features of the student, as
+# it learns. These are tclip's *ensemble labels*. (Of the paper only the name is known. The rule is ours.)
 #
 # In [tclip.py](../tclip.py) this is the section *Ensemble labels*.
 #
@@ -42,12 +42,14 @@ if not os.path.exists("../tclip.py"):
 sys.path[:0] = ["..", "."]
 
 # %%
+import inspect
 import time
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
-from plots import BLACK, BLUE, GREEN, RED, SKY, real_clip, show_images, show_source, takeaway
+import torch.nn.functional as F
+from plots import BLACK, BLUE, GREEN, ORANGE, RED, SKY, real_clip, show_images, show_source, takeaway
 
 import tclip
 
@@ -56,7 +58,7 @@ QUICK = os.environ.get("TCLIP_QUICK") == "1"  # few images and epochs, to test t
 EPOCHS = 2 if QUICK else 20
 torch.manual_seed(0)
 title, real = real_clip()  # of aerial images, WHU-RS19; where their file is missing, of the digits
-T0, truth, N, C = real.probs, real.truth, *real.probs.shape
+T0, truth, N, C = real.probs.clamp_min(1e-6), real.truth, *real.probs.shape  # the rule takes logarithms of T0
 
 
 def right(labels, truth=truth):
@@ -67,44 +69,41 @@ def right(labels, truth=truth):
 print(f"{title}: {N} images, {C} classes, {right(T0):.1%} of the names right")
 
 # %% [markdown]
-# ## What does an image's neighbourhood know?
+# ## What do two witnesses know of an image?
 #
-# Look for the $k$ images that are nearest to image $i$ in CLIP's embedding, and count what they are called: $n_{ic}$ is
-# the sum of their labels $V_{jc}$, soft ones count by shares. Now there are two witnesses. The teacher looked at the
-# image, and says $T^0_{ic}$. The neighbourhood did not, but knows what such images are called. Bayes' rule puts them
-# together:
+# The first witness, the *teacher*, looked at image $i$ and said $T^0_{ic}$. The second, the *neighbourhood*, are the
+# $k$ images nearest to it in CLIP's embedding, without itself. The mean of what is said of them is $n_{ic}$. Bayes'
+# rule asks of each witness how likely its word is where the class is $c$, and begins with the share $\pi_c$ that the
+# class has among all images:
 #
-# $$\underbrace{q_{ic}}_{\text{posterior}} \;\propto\; \underbrace{T^0_{ic}}_{\text{prior}} \;\cdot\;
-# \underbrace{\frac{n_{ic} + \varepsilon}{\text{mass}_c}}_{\text{likelihood}}, \qquad \text{mass}_c = \sum_j V_{jc}$$
+# $$\underbrace{q_{ic}}_{\text{posterior}} \;\propto\; \underbrace{\pi_c}_{\text{prior}} \;\cdot\;
+# \underbrace{\frac{T^0_{ic}}{\text{mean}_j\, T^0_{jc}}}_{\text{the teacher's word}} \;\cdot\;
+# \Big(\underbrace{\frac{n_{ic} + \varepsilon\,\pi_c}{\pi_c}}_{\text{the neighbourhood}}\Big)^{s}$$
 #
-# The *prior* is what we believe before we look around. The *likelihood* is the chance of an image like this, if the
-# class is $c$: of all that is called $c$ (the *mass* of the class), how much lies here? That is the density of the
-# class at this place, up to a factor that all classes share. (A small $\varepsilon$ says that none is impossible.)
+# * **The prior** $\pi_c$, the *mass* of the class, is not known. It is the mean of the present labels.
+# * **The teacher's word.** $T^0_{ic}$ is a posterior already, with the teacher's own idea of what is frequent in it.
+#   Divided by its mean over all images it says how much likelier this word is where $c$ is true.
+# * **The neighbourhood.** Here a share $n_{ic}$ of all is called $c$, elsewhere $\pi_c$: so the quotient is how many
+#   times denser the class is here. The *smoothing* $\varepsilon$ says that no class is impossible.
+# * **The sharpness** $s$ is how much the neighbourhood counts beside the teacher. Its $k$ images are more than one
+#   witness, but not $k$: they are alike and said alike. The value was found by trial.
 
 # %%
-K, EPSILON = 10, 0.1
-near = (real.features @ real.features.T).fill_diagonal_(-2).topk(K).indices  # (N, K), without the image itself
-
-
-def likelihood(labels):
-    """Of all that is called c, which share lies around image i? (N, C)"""
-    return (labels[near].sum(1) + EPSILON) / labels.sum(0)
-
-
-def posterior(labels):
-    q = T0 * likelihood(labels)
-    return q / q.sum(1, keepdim=True)
-
-
-q, around = posterior(T0), T0[near].mean(1)  # (N, C)
+K = tclip.Config.label_neighbours
+S, SMOOTHING = (inspect.signature(tclip.bayes_rule).parameters[name].default for name in ("sharpness", "smoothing"))
+near, mass = tclip.neighbour_mean(real.features, T0, K), T0.mean(0)  # n (N, C), pi (C,)
+density = (near + SMOOTHING * mass) / mass
+q = F.normalize(mass * (T0 / T0.mean(0)) * density**S, p=1, dim=1)
+print(f"k {K}, sharpness {S}, smoothing {SMOOTHING}; the same as bayes_rule:",
+      torch.allclose(q, tclip.bayes_rule(T0, near, mass), atol=1e-5))  # fmt: skip
 steps = {
-    "zero-shot says: prior": T0,
-    "the neighbours are called": around,
-    "divided by the mass: likelihood": likelihood(T0) / likelihood(T0).sum(1, keepdim=True),
-    "what comes out: posterior": q,
+    "zero-shot says": T0,
+    "the neighbours are called": near,
+    "... divided by the mass": F.normalize(density, p=1, dim=1),
+    "what comes out": q,
 }
 for name, table in steps.items():
-    print(f"{name:34}{right(table):.1%} right")
+    print(f"{name:26}{right(table):.1%} right")
 mended = (T0.argmax(1) != truth) & (q.argmax(1) == truth)
 example = (q.gather(1, truth[:, None])[:, 0] * mended).argmax().item()  # the one that the rule is surest of
 figure, axes = plt.subplots(1, 4, figsize=(12, 4.2), sharey=True)
@@ -123,18 +122,31 @@ takeaway(
 # %% [markdown]
 # ## Why is the mass divided out?
 #
-# The labels that come out are better, so ask the neighbours again: put $q$ in the place of $V$, and go on for some
-# rounds. Here it is with and without the division. Without it, a neighbourhood says "parking" often merely because
-# "parking" is said often, and what is said often is said more often in the next round.
+# The labels that come out are better, so ask the neighbours again: put what came out in the place of what was said, and
+# go on for some rounds. The *momentum* $m$ keeps a share of the old label each time, $T \leftarrow m\,T + (1 - m)\,q$,
+# so that no round turns everything over. Here it is with the division, and without it: $q \propto T^0 n^s$. Then a
+# neighbourhood says a name often merely because it is said often everywhere, and what is said often is said more often
+# in the next round.
 
 # %%
-ROUNDS = 10
-runs = {"with the mass": [T0], "without": [T0]}
-for _ in range(ROUNDS):
-    runs["with the mass"].append(posterior(runs["with the mass"][-1]))
-    q = T0 * (runs["without"][-1][near].sum(1) + EPSILON)
-    runs["without"].append(q / q.sum(1, keepdim=True))
+ROUNDS, MOMENTUM = 20, tclip.Config.label_momentum
 
+
+def rounds(answers, features, candour=None, divide=True, k=K):
+    """Labels (N, C) after each round, a list. candour: comes below; a number in place of tclip's."""
+    tables = [answers]
+    for _ in range(ROUNDS):
+        near, mass = tclip.neighbour_mean(features, tables[-1], k), tables[-1].mean(0)
+        exponent = tclip.candour(answers, near) if candour is None else candour
+        if divide:
+            q = tclip.bayes_rule(answers, near, mass, exponent)
+        else:
+            q = (exponent * answers.log() + S * (near + SMOOTHING / C).log()).softmax(1)
+        tables.append(torch.lerp(q, tables[-1], MOMENTUM).clamp_min(1e-6))
+    return tables
+
+
+runs = {"with the mass": rounds(T0, real.features), "without": rounds(T0, real.features, divide=False)}
 there = truth.bincount(minlength=C)
 order = T0.sum(0).argsort(descending=True)  # the class whose name zero-shot says most comes first
 figure, (a, b) = plt.subplots(1, 2, figsize=(12, 3.6), width_ratios=[2, 3])
@@ -143,6 +155,7 @@ for (name, tables), color, line, shift in zip(runs.items(), (BLUE, RED), ("-", "
     b.bar(torch.arange(C) + shift, tables[-1].sum(0)[order], 0.27, color=color, hatch="//" if shift else "")
 b.bar(torch.arange(C) - 0.27, T0.sum(0)[order], 0.27, color=SKY)
 b.plot(torch.arange(C), there[order], "_", color=BLACK, ms=12, mew=2)
+a.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
 a.set(xlabel="round", ylabel="labels that are right, in %")
 a.legend()
 b.set_xticks(range(C), [real.classes[c] for c in order], rotation=60, ha="right")
@@ -157,62 +170,175 @@ takeaway(
 )
 
 # %% [markdown]
-# ## And if the embedding knows nothing?
+# ## What if the teacher is too sure?
 #
-# A rule that always listens to neighbours does harm where they are strangers. Let us shuffle the features, so that
-# neighbours are random images. What is $n_{ic}$ then? About $k$ times the share of the class, the same for all images.
-# Divided by the mass it is the same for all classes, and a likelihood that is the same for all classes says nothing:
-# the labels stay the teacher's. No truth, and no guess of how good the embedding is, was needed for that.
+# Bayes' rule takes witnesses at their word. A teacher that says 99 % whenever it opens its mouth, and is right in four
+# of five cases, would shout down every neighbourhood. What it says should then count with an exponent $a$ below one,
+# $(\pi_c T^0_{ic} / \text{mean}_j T^0_{jc})^a$: its *candour*. With truth one would find it by calibration: raise $T^0$
+# to the power $b$ at which it foretells the truth best. Without truth, let it foretell what the neighbourhoods choose,
+# of which it did not know:
+#
+# $$b = \arg\max_{0 \le b \le 1} \sum_i \Big( \max_c n_{ic}^{8} \cdot \log p_b(\text{choice of } i)
+# + 0.01 \sum_c T^0_{ic} \log p_b(c) \Big), \qquad p_b(c) = \frac{(T^0_{ic})^b}{\sum_d (T^0_{id})^b}, \qquad a = b^8$$
+#
+# The eighth power of the largest share lets neighbourhoods of one mind testify, and hardly any others. Where there are
+# none, the second term is left, the teacher's word about itself, which is best at $b = 1$. And $a = b^8$ soon drops a
+# teacher that is found too sure. (Both powers, too, were found by trial.)
+#
+# To see it at work, take the real teacher, and make it surer than it is: $T^0$ to the power $p$. No name changes.
 
 # %%
-strangers = torch.randint(N, (N, 200))  # many, so that chance has little room
-flat = T0[strangers].sum(1) / T0.sum(0)  # (N, C)
-kept = ((T0 * flat).argmax(1) == T0.argmax(1)).float().mean()
-vote = (T0[strangers].sum(1).argmax(1) == T0.argmax(1)).float().mean()
+show_source(tclip.candour)
+POWERS = [1, 2, 4] if QUICK else [1, 1.5, 2, 2.5, 3, 4, 6]
+teachers = [(power * T0.log()).softmax(1).clamp_min(1e-6) for power in POWERS]
+curves, found = {"a is the candour": [], "a = 1, always": []}, {"first round": [], "last round": []}
+for answers in teachers:
+    tables = rounds(answers, real.features)
+    for name, said in (("first round", tables[0]), ("last round", tables[-1])):
+        found[name].append(tclip.candour(answers, tclip.neighbour_mean(real.features, said, K)))
+    curves["a is the candour"].append(right(tables[-1]))
+    curves["a = 1, always"].append(right(rounds(answers, real.features, candour=1)[-1]))
+figure, (a, b) = plt.subplots(1, 2, figsize=(10, 3.2))
+for (name, values), color, marker in zip(found.items(), (SKY, BLUE), "os"):
+    a.plot(POWERS, values, color=color, marker=marker, label=name)
+for (name, values), color, marker in zip(curves.items(), (BLUE, RED), "s^"):
+    b.plot(POWERS, [100 * v for v in values], color=color, marker=marker, label=name)
+b.axhline(100 * right(T0), color="gray", lw=1, label="zero-shot")
+a.set(xlabel="power p", ylabel="candour a", ylim=(-0.03, 1.05))
+b.set(xlabel="power p", ylabel="labels that are right at the end, in %")
+a.legend()
+b.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+plt.show()
+sure = [answers.amax(1).mean() for answers in teachers]
+last, ends, believed = found["last round"], curves["a is the candour"], curves["a = 1, always"]
+late = ends.index(min(ends))
 takeaway(
-    f"with strangers for neighbours, Bayes' rule keeps {kept:.1%} of the teacher's names, where their vote would keep "
-    f"{vote:.1%}."
+    f"the teacher claims {sure[0]:.0%}, is {right(T0):.0%} right, and ends with a candour of {last[0]:g}. At "
+    f"p = {POWERS[-1]} it claims {sure[-1]:.0%}, its candour is {last[-1]:g}, and {ends[-1]:.1%} of the labels end "
+    f"right, not the {believed[-1]:.1%} of a teacher that is believed. But it is found late: the worst is "
+    f"p = {POWERS[late]:g}, with a candour of {last[late]:g} and {ends[late]:.1%}."
+)
+
+# %% [markdown]
+# ## What if some classes are rare?
+#
+# Nothing so far assumes how frequent a class is. A common assumption is that all are equally frequent. Here are
+# images of which the rarest class has a tenth of the commonest, three draws of them, and `EnsembleLabels`, which is
+# told nothing, or that classes are equally frequent (`class_prior`; `with_shares` finds the nearest labels with such
+# shares), or the true shares.
+
+# %%
+results = {"zero-shot": [], "told nothing": [], "told: equal": [], "told: the true shares": []}
+for seed in range(3):
+    draw, kept = torch.Generator().manual_seed(seed), []
+    for place, c in enumerate(torch.randperm(C, generator=draw).tolist()):
+        members = (truth == c).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=draw)]
+        kept.append(members[: round(len(members) * 10 ** (-place / (C - 1)))])
+    kept = torch.cat(kept)
+    shares = truth[kept].bincount(minlength=C) / len(kept)
+    results["zero-shot"].append(right(T0[kept], truth[kept]))
+    for name, prior in zip(list(results)[1:], (None, torch.ones(C) / C, shares)):
+        labels = tclip.EnsembleLabels(real.probs[kept], real.features[kept], class_prior=prior)
+        results[name].append(right(labels.targets(slice(None)), truth[kept]))
+figure, ax = plt.subplots(figsize=(8, 2.4))
+for place, (name, values) in enumerate(results.items()):
+    ax.barh(place, 100 * sum(values) / len(values), color=RED if "equal" in name else SKY)
+    ax.plot([100 * v for v in values], [place] * len(values), "|", color=BLACK, ms=12, mew=2)
+ax.set_yticks(range(len(results)), results)
+ax.invert_yaxis()
+ax.set(xlabel="labels that are right, in % (black: each draw)", xlim=(0, 101), title=f"{title}, classes 10 : 1")
+plt.show()
+mean = {name: sum(values) / len(values) for name, values in results.items()}
+takeaway(
+    f"with classes 10 : 1 and told nothing, the rule turns {mean['zero-shot']:.1%} into {mean['told nothing']:.1%}. "
+    f"Told that classes are equal, which is false, it ends at {mean['told: equal']:.1%}; told the true shares, at "
+    f"{mean['told: the true shares']:.1%}. Say it only where you know it."
+)
+
+# %% [markdown]
+# ## What if the embedding knows nothing?
+#
+# Let the features be random: neighbours are strangers. What is $n_{ic}$ then? About $\pi_c$, for all images alike. So
+# the quotient is about one for every class, which says nothing, and the labels stay the teacher's. That is the theory,
+# and it holds as far as "about" does. A mean of $k$ strangers is far from $\pi_c$ if $k$ is small: some rare class has
+# two of them by chance, and looks dense. The rule cannot know that it is chance. Worse than features that know nothing
+# are those that know something else. If they are mixed up, so that each image has another's, neighbours do look alike,
+# come to be of one mind, and testify against the teacher.
+
+# %%
+COUNTS = [K, 300] if QUICK else [K, 30, 100, 300]
+random_features = F.normalize(torch.randn(N, 512), dim=1)
+names = T0.argmax(1)
+left = {"one look": [], f"{ROUNDS} rounds": []}
+for k in COUNTS:
+    tables = rounds(T0, random_features, k=k)
+    q = tclip.bayes_rule(T0, tclip.neighbour_mean(random_features, T0, k), T0.mean(0))
+    left["one look"].append((q.argmax(1) == names).float().mean().item())
+    left[f"{ROUNDS} rounds"].append((tables[-1].argmax(1) == names).float().mean().item())
+figure, ax = plt.subplots(figsize=(6, 2.6))
+for (name, values), color, marker in zip(left.items(), (SKY, ORANGE), "os"):
+    ax.semilogx(COUNTS, [100 * v for v in values], color=color, marker=marker, label=name)
+ax.set_xticks(COUNTS, COUNTS)
+ax.minorticks_off()
+ax.set(xlabel="strangers asked, k", ylabel="names kept, in %", ylim=(0, 102))
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+plt.show()
+mixed_up = tclip.EnsembleLabels(real.probs, real.features[torch.randperm(N)]).targets(slice(None))
+takeaway(
+    f"{ROUNDS} rounds among {COUNTS[-1]} strangers leave {left[f'{ROUNDS} rounds'][-1]:.0%} of the teacher's names, "
+    f"among {K} they leave {left[f'{ROUNDS} rounds'][0]:.0%}, and features of other images leave "
+    f"{(mixed_up.argmax(1) == names).float().mean():.0%}: features must know something, and be in order."
 )
 
 # %% [markdown]
 # ## How does tclip do it?
 #
-# As above, with a few more lines. `EnsembleLabels` takes the step before training, in the teacher's features where it
-# has any, and after each epoch in the student's embedding.
+# As above. `EnsembleLabels` does it twice: before training, in the teacher's features, where it has any, in rounds; and
+# once after each epoch, in the student's embedding. What came out of the rounds takes the place of the teacher's word
+# $T^0$ from then on.
 
 # %%
-show_source(tclip.EnsembleLabels)
-at_start = tclip.EnsembleLabels(real.probs, real.features).table.float()
-takeaway(f"{title}: zero-shot {right(T0):.1%} right, tclip's labels before training {right(at_start):.1%}.")
+show_source(tclip.bayes_rule, tclip.EnsembleLabels)
+at_start = tclip.EnsembleLabels(real.probs, real.features).targets(slice(None))
+same = (at_start.argmax(1) == runs["with the mass"][-1].argmax(1)).float().mean()
+takeaway(
+    f"{title}: zero-shot {right(T0):.1%} right, tclip's labels before training {right(at_start):.1%}. (Our rounds of "
+    f"above give {same:.1%} of the images the same name; tclip keeps labels as float16.)"
+)
 
 # %% [markdown]
 # ## Does a network learn wrong labels?
 #
-# Now to the student, on the digits. `train` calls `on_epoch` after each epoch with the row of its log, the student and
-# the labels; that is all we need to watch. We train twice from the same start. In the first run the labels stay as they
-# are: a momentum of one keeps all of an old label. In the second they follow. "Wrongly labelled" are the images whose
-# *first* label is wrong. After each epoch the student is asked about the images, without augmentation.
+# Now to the student, on the digits, of which tclip is told that they are about equally frequent. `train` calls
+# `on_epoch` after each epoch with the row of its log, the student and the labels; that is all we need to watch. We
+# train twice. In the first run the labels stay as they are: the start is made by hand, and a momentum of one keeps all
+# of an old label. In the second they follow. "Wrongly labelled" are the images whose label at the *start* of training
+# is wrong. After each epoch the student is asked about the images, without augmentation.
 
 # %%
 config = tclip.Config(**tclip.DATASETS["digits"]["settings"], epochs=EPOCHS, device="cpu", cache="none")
 images, _, classes = tclip.read_dataset(config)
 images = tclip.Images(**{name: part[: 300 if QUICK else None] for name, part in vars(images).items()})
-rule = config.label_momentum, config.label_neighbours, config.class_prior
-start = tclip.EnsembleLabels(images.probs, images.features, *rule).table.float()  # (N, C)
+equal = torch.ones(len(classes)) / len(classes)
+start = tclip.EnsembleLabels(images.probs, images.features, class_prior=equal).targets(slice(None))  # (N, C)
 first, truth = start.argmax(1), images.truth  # (N,)
 wrong = first != truth
-said, tables = {}, {}
-for name, momentum in (("frozen labels", 1.0), ("ensemble labels", config.label_momentum)):
-    said[name], tables[name] = [], [start]
+said, tables, candours = {}, {}, {}
+frozen = replace(config, label_momentum=1.0, class_prior="none"), start, None
+follow = config, images.probs, images.features
+for name, (settings, answers, features) in (("frozen labels", frozen), ("ensemble labels", follow)):
+    said[name], tables[name], candours[name] = [], [start], []
 
     def watch(row, student, labels, name=name):
         said[name].append(tclip.predict(student, images.pixels).argmax(1))  # (N,)
-        tables[name].append(labels.table.float())  # (N, C)
+        tables[name].append(labels.targets(slice(None)))  # (N, C)
+        candours[name].append(row["candour"])
 
-    settings = replace(config, label_momentum=momentum)
-    tclip.train(settings, images.pixels, images.probs, images.features, on_epoch=watch)
+    tclip.train(settings, images.pixels, answers, features, on_epoch=watch)
     said[name], tables[name] = torch.stack(said[name]), torch.stack(tables[name])  # (E, N), (E + 1, N, C)
-print(f"wrongly labelled at the start: {wrong.sum()} of {len(truth)} images")
+print(f"right: CLIP's names {right(images.probs, truth):.1%}, the labels at the start of training "
+      f"{right(start, truth):.1%}; wrongly labelled: {wrong.sum()} of {len(truth)} images")  # fmt: skip
 
 # %% tags=["picture"]
 figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
@@ -245,15 +371,22 @@ takeaway(
 # learned later, one by one, when nothing else is left that would lower the loss. This is called *memorisation* (Arpit
 # et al. 2017), and here it can be seen where the red line rises while the dark blue one falls. So there is a time at
 # which the student knows better than its labels. Move the labels then, and the exceptions are no longer there to be
-# memorised:
+# memorised. The step is the one of above, with neighbours in the student's embedding, and with what the student said of
+# them. It said so during the epoch, about the augmented views that it was trained on (`record`): no image has to be
+# looked at again.
 #
-# $$T \leftarrow m\,T + (1 - m)\,q$$
-#
-# once per epoch, where $q$ is the posterior of above, with neighbours in the student's embedding, and with what it said
-# of them in place of $V$. It said so during the epoch, about the augmented views that it was trained on (`record`): no
-# image has to be looked at again. The *momentum* $m$ is the memory: after $n$ updates the share $m^n$ of the old table
-# is left.
-#
+# How much does the first witness still count? CLIP's features of the digits lead where its names lead: the rounds
+# before training mend some, and make all labels surer. The student's neighbourhoods differ, and the candour shows it.
+
+# %%
+print("candour after each epoch:", *(f"{value:g}" for value in candours["ensemble labels"]))
+claimed, is_right = start.amax(1).mean(), right(start, truth)
+takeaway(
+    f"the labels before training claim {claimed:.0%} and are {is_right:.0%} right. Their candour is "
+    f"{candours['ensemble labels'][0]:g} after the first epoch and {candours['ensemble labels'][-1]:g} in the end."
+)
+
+# %% [markdown]
 # ## Which labels changed, and were they right?
 #
 # Four things can happen to a label. It was right and stays right; it was wrong and becomes right (*mended*); it was
@@ -288,7 +421,8 @@ if len(some):
 count = {name: members[-1].sum().item() for name, (members, *_) in groups.items()}
 takeaway(
     f"{count['mended']} labels are mended and {count['spoiled']} spoiled; {count['still wrong']} of the {wrong.sum()} "
-    f"that were wrong are wrong still. {right(start, truth):.1%} were right at the start of training, and "
+    f"that were wrong are wrong still. {right(images.probs, truth):.1%} were right as CLIP said "
+    f"them, {right(start, truth):.1%} at the start of training, and "
     f"{right(tables['ensemble labels'][-1], truth):.1%} are now."
 )
 
@@ -312,9 +446,9 @@ takeaway(
 # T0 = torch.cat([T0, T0[:, :1] / 2], 1)
 # T0[:, 0] /= 2
 # ```
-# Each half has half the prior, half the neighbours and half the mass. The likelihood of both is what that of the whole
-# was (but for $\varepsilon$), and so together they get what the class got. In a vote each half has half the votes, and
-# loses against others.
+# Each half has half the prior, half the neighbours and half the mass. Both likelihoods are what those of the whole
+# were, and so together the halves get what the class got. In a vote each half has half the votes, and loses against
+# others.
 # </details>
 #
 # **3.** Without truth you cannot draw the blue and the red line. What could you watch instead, to see whether labels go

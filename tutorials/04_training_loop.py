@@ -167,7 +167,7 @@ def second_version():
             targets = probs[index]  # (B, C)
             logits, z = student(tclip.augment(pixels[index], views=2, **VIEWS))  # (2B, C), (2B, D)
             loss = F.cross_entropy(logits, targets.repeat(2, 1))
-            loss = loss + tclip.class_conditional_contrastive_loss(z, targets, config.temperature)
+            loss = loss + tclip.class_conditional_contrastive_loss(z, targets, config.temperature, config.class_share)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -189,8 +189,8 @@ show_source(tclip.tclip_objective)
 
 
 def ensemble_labels():
-    rule = config.label_momentum, config.label_neighbours, config.class_prior
-    return tclip.EnsembleLabels(probs, images.features, *rule)
+    shares = torch.ones(C) / C  # config.class_prior is "uniform": digits are about equally frequent
+    return tclip.EnsembleLabels(probs, images.features, config.label_momentum, config.label_neighbours, shares)
 
 
 def third_version():
@@ -233,7 +233,7 @@ takeaway(f"with labels that follow: {curves['3 + ensemble labels'][-1]:.1%}.")
 def last_version():
     """What tclip.train does in one process, without its checkpoint, its log and its messages."""
     torch.manual_seed(config.seed)
-    device = tclip.pick_device(config.device)
+    device = torch.device(config.device)
     student = tclip.Student(config.arch, C, config.size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
     labels, steps = ensemble_labels(), math.ceil(N / config.batch_size)
