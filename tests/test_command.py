@@ -3,7 +3,7 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -94,20 +94,6 @@ def test_folders_and_interruption(tmp_path, monkeypatch):
         tclip.claim_folder(Config(out="runs/digits"))
     with pytest.raises(UserError, match="^stopped; go on with --resume run$"):
         tclip.run(Config(out="run"), lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
-
-
-def test_help(capsys, monkeypatch):
-    """--help names every flag, its default and its words, in lines that fit."""
-    monkeypatch.setenv("COLUMNS", "120")
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "--resume RUN" in text and max(map(len, text.splitlines())) <= 120
-    for f in fields(Config):
-        said = " ".join(text[text.index(f"  --{f.name.replace('_', '-')} ") :].split())
-        default = "" if f.name in ("compile", "out") else f" [{f.default}]"
-        words = f": {', '.join(f.metadata['allowed'])}" if f.type is str and f.metadata["allowed"] else ""
-        assert f" {f.metadata['help']}{words}{default} --" in said
 
 
 MISTAKES = """--dataset cifar11: choose from digits, cifar10

@@ -199,25 +199,6 @@ def test_command(tiny_suite, tmp_path, capsys, monkeypatch):
     assert done == [("GCE", 1), ("GCE", 0)] and "| tclip |" not in capsys.readouterr().out.split("somebody")[-1]
 
 
-def test_default_methods(tiny_suite, tmp_path, monkeypatch):
-    """The suite's own, or all; without those that need the teacher's image features where it has none."""
-
-    def one_run(suite, name, config, task):
-        row = dict(method=name, seed=0, digest=run.digest_of(run.settings_of(config, task)), teacher="t", seconds=0)
-        return row | dict(unlabeled=0, heldout=0, worst_class=0, labels=0)
-
-    monkeypatch.setattr(run, "one_run", one_run)
-    for options, expected in {
-        "": suites.SUITES["digits"].methods,
-        "--methods all": run.METHODS | run.STARTED,
-        "--study": run.STUDY,
-        "--study --teacher truth": [name for name in run.STUDY if name not in run.NEED_FEATURES],
-    }.items():
-        command(folder := tmp_path / options, "--seeds", "1", *options.split())
-        (file,) = folder.glob("*.csv")
-        assert [row["method"] for row in rows_of(file)] == list(expected)
-
-
 def test_row(tiny_suite):
     """The figures of a row are those of the student, the labels and the teacher, counted by hand."""
     config, images = settings(epochs=1), (t := run.load("digits", settings(), None)).unlabeled
