@@ -150,7 +150,7 @@ takeaway(
 config = tclip.Config(**tclip.DATASETS["digits"]["settings"], device="cpu", cache="none")
 images, _, classes = tclip.read_dataset(config)
 truth, C, EACH = F.one_hot(images.truth).float(), len(classes), 8
-equal_shares = torch.ones(C) / C  # what tclip is told of the digits
+equal_shares = torch.ones(C)  # of any sum; what tclip is told of the digits
 rows = torch.cat([(images.truth == c).nonzero()[:EACH, 0] for c in range(C)])  # eight of each class
 
 kinds = {

@@ -88,7 +88,7 @@ print(f"{title}: {N} images, {C} classes, {right(T0):.1%} of the names right")
 # * **The sharpness** $s$ is how much the neighbourhood counts beside the teacher. Its $k$ images are more than one
 #   witness, but not $k$: they are alike and said alike. The value was found by trial.
 
-# %%
+# %% tags=["picture"]
 K = tclip.Config.label_neighbours
 S, SMOOTHING = (inspect.signature(tclip.bayes_rule).parameters[name].default for name in ("sharpness", "smoothing"))
 near, mass = tclip.neighbour_mean(real.features, T0, K), T0.mean(0)  # n (N, C), pi (C,)
@@ -238,7 +238,7 @@ for seed in range(3):
     kept = torch.cat(kept)
     shares = truth[kept].bincount(minlength=C) / len(kept)
     results["zero-shot"].append(right(T0[kept], truth[kept]))
-    for name, prior in zip(list(results)[1:], (None, torch.ones(C) / C, shares)):
+    for name, prior in zip(list(results)[1:], (None, torch.ones(C), shares)):
         labels = tclip.EnsembleLabels(real.probs[kept], real.features[kept], class_prior=prior)
         results[name].append(right(labels.targets(slice(None)), truth[kept]))
 figure, ax = plt.subplots(figsize=(8, 2.4))
@@ -320,7 +320,7 @@ takeaway(
 config = tclip.Config(**tclip.DATASETS["digits"]["settings"], epochs=EPOCHS, device="cpu", cache="none")
 images, _, classes = tclip.read_dataset(config)
 images = tclip.Images(**{name: part[: 300 if QUICK else None] for name, part in vars(images).items()})
-equal = torch.ones(len(classes)) / len(classes)
+equal = torch.ones(len(classes))
 start = tclip.EnsembleLabels(images.probs, images.features, class_prior=equal).targets(slice(None))  # (N, C)
 first, truth = start.argmax(1), images.truth  # (N,)
 wrong = first != truth
@@ -340,7 +340,7 @@ for name, (settings, answers, features) in (("frozen labels", frozen), ("ensembl
 print(f"right: CLIP's names {right(images.probs, truth):.1%}, the labels at the start of training "
       f"{right(start, truth):.1%}; wrongly labelled: {wrong.sum()} of {len(truth)} images")  # fmt: skip
 
-# %% tags=["picture"]
+# %%
 figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
 epochs = range(1, EPOCHS + 1)
 for ax, (name, answers) in zip(axes, said.items()):

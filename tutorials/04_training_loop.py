@@ -189,7 +189,7 @@ show_source(tclip.tclip_objective)
 
 
 def ensemble_labels():
-    shares = torch.ones(C) / C  # config.class_prior is "uniform": digits are about equally frequent
+    shares = torch.ones(C)  # config.class_prior is "uniform": digits are about equally frequent
     return tclip.EnsembleLabels(probs, images.features, config.label_momentum, config.label_neighbours, shares)
 
 
