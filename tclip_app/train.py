@@ -3,7 +3,7 @@
 import atexit
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def read(config):
 
 
 def same_images(config, names):
-    """Note the images in the run's folder. UserError: it began with other ones."""
+    """Note the images, and where they lie by now, in the run's folder. UserError: it began with other ones."""
     file = Path(config.out, "images.json")
     if file.exists():
         before, now = set(json.loads(file.read_text(encoding="utf-8"))), set(names)
@@ -139,6 +139,7 @@ def same_images(config, names):
                     f"{min(others)}. Begin a new run, or give the folder: tclip train FOLDER --resume {config.out}"
                 )
     write_whole(file, partial(json.dump, names), "w")
+    write_whole(file.with_name("config.json"), partial(json.dump, asdict(config), indent=1), "w")
 
 
 def taken_over(config):
