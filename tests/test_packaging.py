@@ -46,8 +46,8 @@ def test_alone(tmp_path, tiny_clip):
 
 def test_requirements():
     """Each package that is imported is asked for, or comes with one that is; tclip.py imports nothing of ours."""
-    project, packages = PROJECT["project"], {}
-    extras = project["optional-dependencies"]
+    project, extras, packages = PROJECT["project"], PROJECT["project"]["optional-dependencies"], {}
+    assert set(PROJECT["tool"]["setuptools"]["package-data"]["tclip_app"]) >= {"offline_clip.pt", "report.html"}
     for file in (ROOT / "tclip.py", *(ROOT / "tclip_app").glob("*.py")):
         nodes = list(ast.walk(ast.parse(file.read_text())))
         names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
