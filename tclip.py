@@ -72,7 +72,7 @@ class Config:
     weight_decay: float = setting(5e-4, "L2 penalty", (0, 1))
     c3l_weight: float = setting(1.0, "lambda: weight of the contrastive loss beside cross-entropy", (0, 1e3))
     temperature: float = setting(0.5, "of the contrastive loss", (1e-3, 1e3))
-    class_share: float = setting(0.3, "how far the contrastive loss pulls by class; the rest by instance", (0, 1))
+    class_share: float = setting(0.5, "how far the contrastive loss pulls by class; the rest by instance", (0, 1))
     label_momentum: float = setting(0.5, "m: share of a label that is kept each epoch; 1: labels stay", (0, 1))
     label_neighbours: int = setting(15, "k: images whose predictions make an ensemble label", (1, 10**4))
     class_prior: str = setting("none", "the classes' shares where they are known: uniform, or numbers: 0.5,0.3,0.2")
@@ -108,7 +108,7 @@ def zero_shot_probs(image_features, text_features, temperature=0.01):
 
 
 # ==== Class-conditional contrastive loss (C3L) ========================================================================
-def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=0.3):
+def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=0.5):
     """Class discrimination and instance discrimination in one contrastive loss. Our reading of arXiv 2206.06177:
 
         L_i = - sum_j w_ij log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
@@ -141,29 +141,17 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
 
 
 # ==== Ensemble labels =================================================================================================
-def neighbour_mean(embeddings, said, k, pool=50_000):
-    """Mean of what is said, (N, C), of the k nearest other images by cosine, float32 (N, C). embeddings: unit (N, D).
+def nearest(embeddings, k, pool=50_000):
+    """The k nearest other images of each by cosine, int64 (N, k). embeddings: unit rows, float (N, D).
 
-    Beyond `pool` images the neighbours are sought among so many random ones: the cost of an image stays flat.
+    Beyond `pool` images they are sought among so many random ones: the cost of an image stays flat.
     """
-    members = torch.randperm(len(said), device=said.device)[:pool]
-    bank, said_of_bank, means = embeddings[members].T, said[members].float(), []  # (D, pool), (pool, C)
-    for rows in torch.arange(len(said), device=said.device).split(256):  # N x pool cosines would be gigabytes
+    members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
+    bank, found = embeddings[members].T, []  # (D, pool)
+    for rows in torch.arange(len(embeddings), device=members.device).split(256):  # N x pool cosines would be gigabytes
         cosines = (embeddings[rows] @ bank).masked_fill(rows[:, None] == members, -torch.inf)  # (256, pool)
-        means.append(said_of_bank[cosines.topk(min(k, len(members) - 1)).indices].mean(1))
-    return torch.cat(means)
-
-
-def candour(answers, near):
-    """a of bayes_rule(): how far the teacher's answers (N, C) count. 1 where they claim no more than they know.
-
-    It is b^8, where answers^b, b in [0, 1], best foretell what the neighbourhoods choose. near: what is said of the
-    neighbours, (N, C). Those of one mind testify most; where none are, the answers' own small testimony counts.
-    """
-    share, choice = near.max(1, keepdim=True)
-    testimony = (0.01 * answers).scatter_add_(1, choice, share**8)  # (N, C)
-    powers = torch.linspace(0, 1, 41).tolist()
-    return max(powers, key=lambda a: (testimony * (a**0.125 * answers.log()).log_softmax(1)).sum().item())
+        found.append(members[cosines.topk(min(k, len(members) - 1)).indices])
+    return torch.cat(found)
 
 
 def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
@@ -178,6 +166,20 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
     return (trust * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
 
 
+def verdict(answers, near):
+    """The exponents (a, s) of bayes_rule(), after a trial in which the labels stood without the teacher's word (a = 0).
+
+    Of what the teacher claims, its mean confidence: how much of its words do the neighbourhoods (N, C) foretell? That
+    is how much an embedding knows: s = 1.5 (share / 0.9)^4, at most 1.5. And how much probability do its answers (N, C)
+    give to what the neighbourhoods choose? Above 0.81 its word is not missed, and a stays 0: where it errs for whole
+    classes it would hold the labels back. Otherwise a = 1.
+    """
+    (claim, word), choice = answers.max(1), near.argmax(1, keepdim=True)  # (N,), (N,), (N, 1)
+    foretold = (choice[:, 0] == word).float().mean() / claim.mean()
+    conceded = answers.gather(1, choice).mean() / claim.mean()
+    return torch.stack([(conceded < 0.81).float(), 1.5 * (foretold / 0.9).clamp(max=1) ** 4])
+
+
 def with_shares(probs, shares, iterations=100):
     """The nearest labels (N, C) whose classes have the given shares (C,): optimal transport (Sinkhorn and Knopp)."""
     weights = torch.ones_like(shares)
@@ -190,32 +192,41 @@ class EnsembleLabels(torch.nn.Module):
     """Pseudo-labels T that follow an embedding by Bayes' rule: T <- m T + (1 - m) q, see bayes_rule().
 
     Before training the embedding is CLIP's, where it gives features (N, D), and what is said of an image is its label,
-    in 20 rounds; after each epoch, the student's, and its mean prediction over the views that it saw. probs: the
-    teacher's answers (N, C). class_prior: the classes' shares (C,), of any sum, if known. `table` is T, float16 (N, C).
-    Of the paper only that there are ensemble labels is known; the rule is ours.
+    in 20 rounds; after each epoch, the student's, and its mean prediction over the views that it saw. In each embedding
+    the first rounds are a trial of the exponents, see verdict(): 5, and `trial` epochs. probs: the teacher's answers
+    (N, C). class_prior: the classes' shares (C,), of any sum, if known. `table` is T, float16 (N, C). Of the paper only
+    that there are ensemble labels is known; the rule is ours.
     """
 
-    def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None):
+    def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None, trial=5):
         super().__init__()
-        self.momentum, self.neighbours, self.class_prior = momentum, neighbours, class_prior
+        self.momentum, self.neighbours, self.class_prior, self.trial = momentum, neighbours, class_prior, trial
         answers = probs.float().clamp_min(1e-6)
         self.register_buffer("answers", (answers if class_prior is None else with_shares(answers, class_prior)).half())
         self.register_buffer("table", self.answers.clone())
-        self.register_buffer("candour", torch.ones((), device=probs.device))
+        self.register_buffer("exponents", torch.tensor([0, 1.5], device=probs.device))
+        self.register_buffer("age", torch.zeros((), dtype=torch.int64, device=probs.device))  # epochs that it followed
         self.predictions, self.embeddings = torch.zeros_like(self.table), None  # sums over an epoch's views
         if features is not None and momentum < 1:
-            for _ in range(20):
-                self.update(slice(None), self.targets(slice(None)), F.normalize(features.float(), dim=1))
+            places = nearest(F.normalize(features.float(), dim=1), neighbours)
+            for step in range(20):
+                near = self.update(slice(None), self.targets(slice(None)), places)
+                if step == 4:
+                    self.exponents[:] = verdict(self.answers.float(), near)
+                    self.exponents[0] = 1  # that answers agree with the features they are made of proves nothing
             self.answers.copy_(self.table)  # from now on these are T0
+            self.exponents[:] = torch.tensor([0, 1.5])
 
-    def update(self, index, said, embeddings):
-        """One step for the images `index`: what is said of each, (B, C), and its embedding, unit rows (B, D)."""
-        answers = F.normalize(self.answers[index].float(), p=1, dim=1)
-        near, mass = neighbour_mean(embeddings, said, self.neighbours), said.mean(0).clamp_min(1e-6)
-        self.candour.fill_(candour(answers, near))
-        q = bayes_rule(answers, near, mass, self.candour)
+    def update(self, index, said, places):
+        """One step for the images `index`: what is said of each, (B, C), and its neighbours' places among them, (B, k).
+
+        Returns n of bayes_rule(), the mean of what is said of the neighbours (B, C).
+        """
+        near = sum(said[column] for column in places.T) / places.shape[1]  # (B, k, C) at once would be gigabytes
+        q = bayes_rule(self.answers[index].float(), near, said.mean(0).clamp_min(1e-6), *self.exponents)
         q = q if self.class_prior is None else with_shares(q.clamp_min(1e-12), self.class_prior)
         self.table[index] = torch.lerp(q, self.targets(index), self.momentum).clamp_min(1e-6).half()
+        return near
 
     def targets(self, index):
         """Present labels, float32 (B, C), of the images `index`, int64 (B,)."""
@@ -234,7 +245,10 @@ class EnsembleLabels(torch.nn.Module):
         if self.embeddings is not None:
             seen = self.predictions.sum(1, dtype=torch.float32).nonzero()[:, 0]
             said = F.normalize(self.predictions[seen].float(), p=1, dim=1)
-            self.update(seen, said, F.normalize(self.embeddings[seen], dim=1))
+            near = self.update(seen, said, nearest(F.normalize(self.embeddings[seen], dim=1), self.neighbours))
+            self.age += 1
+            if self.age == self.trial:
+                self.exponents[:] = verdict(self.answers[seen].float(), near)
         self.predictions, self.embeddings = torch.zeros_like(self.table), None
 
 
@@ -353,7 +367,8 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     shares = None if prior == "none" else torch.tensor([float(share) for share in prior.split(",")], device=device)
     if shares is not None and (len(shares) != probs.shape[1] or not (shares > 0).all()):
         raise UserError(f"--class-prior {prior}: none, uniform, or {probs.shape[1]} numbers above 0, by commas")
-    labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, shares)
+    trial = max(1, config.epochs // 8)
+    labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, shares, trial)
     parts, history = dict(student=student, optimizer=optimizer, labels=labels), []
     if out and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
@@ -398,7 +413,8 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
         classification, contrastive = losses.tolist()
         changed = (labels.table.argmax(1) != probs.argmax(1)).float().mean().item()
         row = dict(epoch=epoch + 1, loss=classification + contrastive, classification=classification)
-        row |= dict(contrastive=contrastive, labels_changed=changed, candour=labels.candour.item())
+        row |= dict(contrastive=contrastive, labels_changed=changed)
+        row |= dict(zip(("trust", "sharpness"), labels.exponents.tolist()))
         history.append(row | dict(seconds=round(time.time() - started, 3)))
         bar.set_postfix_str(f"loss {classification + contrastive:.3f}, labels changed {changed:.1%}")
         if on_epoch:

@@ -191,10 +191,10 @@ def verdict(before, after):
 
 
 def curves(run):
-    """Losses, changed labels and candour over the epochs."""
+    """Losses, changed labels and the exponents of their rule over the epochs."""
     figure, captions = Figure((11, 2.8), layout="constrained"), []
     epochs = [int(row["epoch"]) for row in run.history]
-    kinds = ["loss", "classification", "contrastive"], ["labels_changed", "candour"]
+    kinds = ["loss", "classification", "contrastive"], ["labels_changed", "trust", "sharpness"]
     for ax, columns in zip(figure.subplots(1, 2), kinds):
         for column in columns:
             values, name = [float(row[column]) for row in run.history], column.replace("_", " ")
@@ -205,7 +205,9 @@ def curves(run):
         ax.legend()
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata=dict(Date=None))
-    lead = "The losses should fall, the labels move, then settle. Candour: how far the teacher’s answers count."
+    lead = (
+        "The losses should fall, the labels move, then settle. Trust and sharpness: what teacher and neighbours count."
+    )
     caption = ", ".join(captions)
     picture = f'<img class=wide src="{data_uri(file.getvalue(), "svg+xml")}" alt="{caption}">'
     return section("How the training went", lead, f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")

@@ -53,7 +53,8 @@ def lay_run(root, /, classes=None, truth=True, names=None, size=12, **config):
     columns |= dict(truth=[classes[c] if c >= 0 else "" for c in right]) if truth else {}
     tclip.write_csv(run / "labels.csv", [dict(zip(columns, row)) for row in zip(*columns.values())])
     history = [dict(loss=9 - e, classification=2, contrastive=7 - e, labels_changed=0.05 * e) for e in (1, 2, 3)]
-    tclip.write_csv(run / "metrics.csv", [dict(epoch=e, candour=0.1 * e) | row for e, row in enumerate(history, 1)])
+    exponents = [dict(epoch=e, trust=e // 3, sharpness=0.1 * e) for e in (1, 2, 3)]
+    tclip.write_csv(run / "metrics.csv", [a | b for a, b in zip(exponents, history)])
     scores = {who: tclip.score(probs, right) for who, probs in said.items()}
     summary = {f"unlabeled_{who}_accuracy": score["accuracy"] for who, score in scores.items()}
     summary |= {f"unlabeled_{who}_per_class": dict(zip(classes, score["per_class"])) for who, score in scores.items()}
@@ -100,7 +101,7 @@ def test_headline(tmp_path):
     assert tiles == dict(zip(names, percents(label.mean(), changed, sure)))
     facts = plain(re.findall("<p class=facts>.*</p>", page)[0])
     assert facts == "photos · 120 images · 4 classes · teacher offline · 61 seconds on cpu"
-    assert "labels changed 0.05 → 0.15, candour 0.1 → 0.3" in section_of(page, "How the training went")
+    assert "labels changed 0.05 → 0.15, trust 0 → 1, sharpness 0.1 → 0.3" in section_of(page, "How the training went")
 
 
 @pytest.mark.parametrize("truth", [True, False])

@@ -8,7 +8,6 @@ and so is the training step, tclip.train(): a method is its targets and its obje
 two networks, in a loop of its own. No method reads the truth. Hyperparameters of the others are those of their papers.
 """
 
-import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -301,24 +300,38 @@ def changed(**settings):
     return name, Method("this project", settings=settings)
 
 
-def without_mass(answers, near, mass, candour, rule=tclip.bayes_rule):
+def without_mass(answers, near, mass, trust, sharpness, rule=tclip.bayes_rule):
     """bayes_rule() with the likelihood n in place of n / pi: large classes take what lies between."""
-    sharpness = inspect.signature(rule).parameters["sharpness"].default
-    return F.normalize(rule(answers, near, mass, candour) * mass**sharpness, p=1, dim=1)
+    return F.normalize(rule(answers, near, mass, trust, sharpness) * mass**sharpness, p=1, dim=1)
 
 
-def without_prior(answers, near, mass, candour, rule=tclip.bayes_rule):
+def without_prior(answers, near, mass, trust, sharpness, rule=tclip.bayes_rule):
     """bayes_rule() with T0 in place of pi T0 / mean T0: the teacher's answers as they are."""
-    return F.normalize(rule(answers, near, mass, candour) * (answers.mean(0) / mass) ** candour, p=1, dim=1)
+    q = rule(answers, near, mass, trust, sharpness)
+    return F.normalize(q * (answers.mean(0) / mass) ** trust, p=1, dim=1)
+
+
+def judged(trust=None, sharpness=None, verdict=tclip.verdict):
+    """verdict() with one of the exponents fixed."""
+    fixed = trust, sharpness
+
+    def exponents(answers, near):
+        found = verdict(answers, near)
+        return torch.stack([own if value is None else torch.full_like(own, value) for own, value in zip(found, fixed)])
+
+    return exponents
 
 
 class OneRound(tclip.EnsembleLabels):
     """Ensemble labels that follow the teacher's features once before training, not in 20 rounds."""
 
-    def __init__(self, probs, features=None, *rule):
-        super().__init__(probs, None, *rule)
+    def __init__(self, probs, features=None, *rule, **trial):
+        super().__init__(probs, None, *rule, **trial)
         if features is not None:
-            self.update(slice(None), self.targets(slice(None)), F.normalize(features.float(), dim=1))
+            places = tclip.nearest(F.normalize(features.float(), dim=1), self.neighbours)
+            self.exponents[0] = 1
+            self.update(slice(None), self.targets(slice(None)), places)
+            self.exponents[0] = 0
             self.answers.copy_(self.table)
 
 
@@ -334,12 +347,13 @@ STUDY = {
     "without CLIP's features": METHODS["tclip without CLIP's features"],
     "one round before training": ruled(EnsembleLabels=OneRound),
     "hard labels at the start": Method("this project", hard),
-    "candour 0": ruled(candour=lambda answers, near: 0.0),
-    "candour 1": ruled(candour=lambda answers, near: 1.0),
+    "trust 0": ruled(verdict=judged(trust=0.0)),
+    "trust 1": ruled(verdict=judged(trust=1.0)),
     "without the mass": ruled(bayes_rule=without_mass),
     "without the prior": ruled(bayes_rule=without_prior),
-    "sharpness 1": ruled(bayes_rule=partial(tclip.bayes_rule, sharpness=1.0)),
-    "sharpness 2": ruled(bayes_rule=partial(tclip.bayes_rule, sharpness=2.0)),
+    "sharpness 0.5": ruled(verdict=judged(sharpness=0.5)),
+    "sharpness 1.5": ruled(verdict=judged(sharpness=1.5)),
+    "sharpness 2": ruled(verdict=judged(sharpness=2.0)),
 } | dict(
     [
         changed(class_prior="uniform"),
