@@ -17,13 +17,12 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +86,17 @@ class Config:
             if allowed and not (value in allowed if f.type is str else allowed[0] <= value <= allowed[1]):
                 end = f"choose from {', '.join(allowed)}" if f.type is str else "from {} to {}".format(*allowed)
                 raise UserError(f"--{f.name.replace('_', '-')} {value}: {end}")
+
+
+def class_shares(prior, classes):
+    """Config.class_prior as the shares (C,) of so many classes, of any sum, or None. UserError: it is neither."""
+    if prior in ("none", "uniform"):
+        return torch.ones(classes) if prior == "uniform" else None
+    with suppress(ValueError):
+        shares = torch.tensor([float(share) for share in prior.split(",")])
+        if len(shares) == classes and shares.min() >= 1e-5 * shares.sum() > 0:  # float16 can hold no smaller labels
+            return shares
+    raise UserError(f"--class-prior {prior}: none, uniform, or {classes} numbers, none below 0.00001 of their sum")
 
 
 # ==== Pseudo-labels: CLIP names every image once ======================================================================
@@ -348,11 +358,8 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     torch.manual_seed(config.seed)
     student = Student(config.arch, probs.shape[1], pixels.shape[-1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
-    probs, features = (None if x is None else x.to(device) for x in (probs, features))
-    prior = config.class_prior.replace("uniform", ",".join("1" * probs.shape[1]))
-    shares = None if prior == "none" else torch.tensor([float(share) for share in prior.split(",")], device=device)
-    if shares is not None and (len(shares) != probs.shape[1] or not (shares > 0).all()):
-        raise UserError(f"--class-prior {prior}: none, uniform, or {probs.shape[1]} numbers above 0, by commas")
+    shares = class_shares(config.class_prior, probs.shape[1])
+    probs, features, shares = (None if x is None else x.to(device) for x in (probs, features, shares))
     labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, shares)
     parts, history = dict(student=student, optimizer=optimizer, labels=labels), []
     if out and (out / "checkpoint.pt").exists():
@@ -609,7 +616,7 @@ def load_clip(name):
             import clip
 
             if name in getattr(clip, "available_models", list)():  # PyPI's "clip" is another program
-                return *clip.load(name, "cpu"), partial(clip.tokenize, truncate=True)
+                return *clip.load(name, "cpu"), lambda texts: clip.tokenize(texts, truncate=True)
         arch, tag = re.sub("[/@]", "-", name).removesuffix("px"), "openai"
     if (arch, tag) not in open_clip.list_pretrained() and not (arch in open_clip.list_models() and Path(tag).is_file()):
         raise UserError(f"--clip {name}: there is offline, RN50, ViT-B/32, ViT-L/14, ..., and open_clip's arch:tag")
@@ -665,7 +672,7 @@ def run(config, read=read_dataset, resumed=False):
 
 def claim_folder(config):
     """Make a new folder for the results and return its name: two runs that begin together get two."""
-    for name in [config.out] if config.out else (f"runs/{config.dataset}" + f"-{i}" * (i > 1) for i in count(1)):
+    for name in [config.out] if config.out else (f"runs/{config.dataset}" + f"-{i}" * (i > 1) for i in range(1, 10**6)):
         with suppress(FileExistsError):  # where another run was quicker
             Path(name).mkdir(parents=True)
             return name
@@ -722,7 +729,8 @@ def add_settings(parser, settings):
     for f in settings:
         words = f": {', '.join(f.metadata['allowed'])}" if f.type is str and f.metadata["allowed"] else ""
         text = f.metadata["help"] + words + (f" [{f.default}]" if f.default is not None and f.type is not bool else "")
-        how = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
+        kind = os.path.expanduser if f.type is str else f.type  # of --out=~/results a shell leaves the ~ as it is
+        how = dict(action="store_true") if f.type is bool else dict(type=kind, metavar=f.name.upper())
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **how)
 
 
@@ -731,16 +739,20 @@ def main(argv=None):
     usage, keep = "%(prog)s [--setting value ...]", argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("tclip.py", usage, __doc__, formatter_class=keep)
     add_settings(parser, fields(Config))
-    parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
+    parser.add_argument("--resume", metavar="RUN", type=os.path.expanduser, help="go on with this interrupted run")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # where it is closed, a progress bar would fail
     given = vars(parser.parse_args(argv))
     folder, name = given.pop("resume"), given.get("dataset", Config.dataset)
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
+    folder = os.path.dirname(folder) if os.path.isfile(folder or "") else folder  # its checkpoint.pt, say
     file = Path(folder or "", "config.json")
     if folder and not file.is_file():
         raise UserError(f"--resume {folder}: there is no run")
     begun = json.loads(file.read_text()) if folder else DATASETS[name]["settings"]  # what is given replaces it
-    if summary := run(Config(**begun | given | (dict(out=folder) if folder else {})), resumed=bool(folder)):
+    config = Config(**begun | given | (dict(out=folder) if folder else {}))
+    class_shares(config.class_prior, len(DATASETS[config.dataset]["classes"]))  # before anything is read
+    if summary := run(config, resumed=bool(folder)):
         print("right of the unlabeled images: teacher {unlabeled_teacher_accuracy:.1%}, student "
               "{unlabeled_student_accuracy:.1%}; of the held-out ones: {heldout_teacher_accuracy:.1%}, "
               "{heldout_student_accuracy:.1%}; {seconds:.0f} s on {device}; see {out}".format(**summary))  # fmt: skip

@@ -237,7 +237,7 @@ def test_bugs_keep_their_traceback(given, nursery, tmp_path):
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        ("train", "needs a folder"), ("train photos", "names of the classes"), ("train photos --classes a", "two cl"),
+        ("train", "needs a folder"), ("train photos", "names of the classes"), ("train photos --classes a.txt", "a.txt: there is"),
         ("train photos --classes a,A", "two classes"), ("train photos --classes a,b --templates x", "--templates"),
         ("train none --classes a,b", "no such folder"), ("train photos --classes a,b --size 4", "--size 4"),
         ("train . --classes a,b", "among the images"), ("train photos --classes a,b --out photos/x", "among the"),
@@ -252,6 +252,11 @@ def test_bugs_keep_their_traceback(given, nursery, tmp_path):
           for prior in ("1,2,3", ".5", "1,x", "1,0", "1,1e-9", "0,0", "1,nan", "1,inf", "even")),
         ("train photos --classes a,b --out a.csv/x", "a.csv/x: Not a"), ("train photos --resume a.csv", "config.json"),
         ("train photos --classes a,b --out " + 300 * "x", "name too long"),
+        ("train photos --classes a,b,B", "'b' and 'B'"), ("train photos --classes a,b,b", "'b' is named 2 times"),
+        *((f"train photos --pseudo-labels a.csv --arch x --{s}", f"--{s.split()[0]} has no effect")
+          for s in ("clip ViT-B/32", "templates {}", "cache x")),
+        ("train photos --classes a,b --label-momentum 1 --label-neighbours 3", "--label-neighbours has no effect"),
+        ("train photos --classes a,b --c3l-weight 0 --temperature 1", "--temperature has no effect"),
         ("train lines --pseudo-labels a.csv --arch resnet8 --strict", "cannot read new line.png"),
     ],
 )  # fmt: skip
