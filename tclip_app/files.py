@@ -28,15 +28,16 @@ def write_whole(path, write, mode="wb"):
 def check_folder(folder, remedy=""):
     """UserError: no files can be written in this folder, which need not be there yet."""
     try:
-        way = Path(folder).expanduser().absolute()  # a RuntimeError where nobody knows the home
+        way = Path(os.path.expanduser(folder)).absolute()
+        if str(folder).startswith("~") and "~" in way.parts:
+            raise FileNotFoundError("no home")
         with suppress(FileNotFoundError):
             os.lstat(way)  # an OSError where the name is too long, or a file stands in the way
         there = next(path for path in (way, *way.parents) if path.exists())
         if not os.access(there, os.W_OK):
             raise PermissionError(f"{there} is write-protected")
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write in {folder}: {reason}{remedy}") from error
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror or error}{remedy}") from error
 
 
 def load(path, *keys):
