@@ -87,16 +87,6 @@ class Config:
                 raise UserError(f"--{f.name.replace('_', '-')} {value}: {end}")
 
 
-def class_shares(prior, classes):
-    """Config.class_prior as the shares (C,) of so many classes, of any sum, or None. UserError: it is neither."""
-    numbers = prior.replace("uniform", ",".join("1" * classes)).split(",")
-    with suppress(ValueError):
-        shares = None if prior == "none" else torch.tensor([float(number) for number in numbers])
-        if shares is None or (len(shares) == classes and shares.min() >= 1e-5 * shares.sum() > 0):
-            return shares
-    raise UserError(f"--class-prior {prior}: none, uniform, or {classes} numbers, none below 0.00001 of their sum")
-
-
 # ==== Pseudo-labels: CLIP names every image once ======================================================================
 def text_classifier(encode_texts, classes, templates):
     """Zero-shot weights, unit rows (C, D): per class the mean of its prompts' embeddings (Radford et al. 2021, 3.1.4).
@@ -409,6 +399,16 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
             torch.save(state, out / "checkpoint.part")
             os.replace(out / "checkpoint.part", out / "checkpoint.pt")  # whole or not at all
     return student.eval(), labels
+
+
+def class_shares(prior, classes):
+    """Config.class_prior as the shares (C,) of so many classes, of any sum, or None. UserError: it is neither."""
+    numbers = prior.replace("uniform", ",".join("1" * classes)).split(",")
+    with suppress(ValueError):
+        shares = None if prior == "none" else torch.tensor([float(number) for number in numbers])
+        if shares is None or (len(shares) == classes and shares.min() >= 1e-5 * shares.sum() > 0):
+            return shares
+    raise UserError(f"--class-prior {prior}: none, uniform, or {classes} numbers, none below 0.00001 of their sum")
 
 
 def tclip_objective(logits, z, index, labels, config):
