@@ -17,13 +17,12 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -299,7 +298,6 @@ def apply_views(pixels, draw, padding="reflection"):
     down = height * sign * sin, height * cos, 2 * draw["top"] + height - 1
     grid = F.affine_grid(torch.stack(across + down, 1).view(-1, 2, 3), pixels.shape, align_corners=False)
     x = F.grid_sample(pixels.float() / 255, grid, padding_mode=padding, align_corners=False)
-
     brightness, contrast, saturation = (draw[k].view(-1, 1, 1, 1) for k in ("brightness", "contrast", "saturation"))
     x = (brightness * x).clamp_(0, 1)
     x = torch.lerp(TF.rgb_to_grayscale(x.mean((2, 3), keepdim=True)), x, contrast).clamp_(0, 1)
@@ -338,8 +336,7 @@ class Student(nn.Module):
 def resnet8(size):
     """Features (B, 128) by a ResNet of three basic blocks. From 32 px on its first convolution halves the image."""
     kernel, stride, padding = (6, 2, 2) if size >= 32 else (3, 1, 1)
-    stem = nn.Conv2d(3, 32, kernel, stride, padding, bias=False)
-    layers = [stem, nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
+    layers = [nn.Conv2d(3, 32, kernel, stride, padding, bias=False), nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
     for width in (32, 64):
         shortcut = nn.Sequential(conv1x1(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width))
         layers.append(BasicBlock(width, 2 * width, stride=2, downsample=shortcut))
@@ -358,15 +355,11 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, objective = torch.device(config.device), objective or tclip_objective
-    bfloat16 = has_fast_bfloat16(device)
     torch.manual_seed(config.seed)
     student = Student(config.arch, probs.shape[1], pixels.shape[-1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
-    probs, features = (None if x is None else x.to(device) for x in (probs, features))
-    prior = config.class_prior.replace("uniform", ",".join("1" * probs.shape[1]))
-    shares = None if prior == "none" else torch.tensor([float(share) for share in prior.split(",")], device=device)
-    if shares is not None and (len(shares) != probs.shape[1] or not (shares > 0).all()):
-        raise UserError(f"--class-prior {prior}: none, uniform, or {probs.shape[1]} numbers above 0, by commas")
+    shares = class_shares(config.class_prior, probs.shape[1])
+    probs, features, shares = (None if x is None else x.to(device) for x in (probs, features, shares))
     trial = max(1, config.epochs // 8)
     labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, shares, trial)
     parts, history = dict(student=student, optimizer=optimizer, labels=labels), []
@@ -381,7 +374,6 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     model = torch.compile(model) if config.compile else model
     steps = min(math.ceil(len(pixels) / config.batch_size), len(pixels) // world)  # an epoch
-
     bar = tqdm(None, "student", config.epochs * steps, initial=len(history) * steps, disable=rank > 0 or None)
     for epoch in range(len(history), config.epochs):
         started, losses = time.time(), torch.zeros(2, device=device)
@@ -397,7 +389,7 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
             optimizer.param_groups[0]["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
             mine = pixels[batch[:, rank].to(pixels.device)].to(device)  # uint8 (B / W, 3, S, S)
             views = augment(mine, views=2, **VIEWS[config.views])  # (2B / W, 3, S, S)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
                 logits, z = model(views.contiguous(memory_format=torch.channels_last))
             logits, z, index = whole_batch(logits.float()), whole_batch(z), batch.T.flatten()  # (2B, C), (2B, D), (B,)
             classification, contrastive = objective(logits, z, index, labels, config)
@@ -425,6 +417,16 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
             torch.save(state, out / "checkpoint.part")
             os.replace(out / "checkpoint.part", out / "checkpoint.pt")  # whole or not at all
     return student.eval(), labels
+
+
+def class_shares(prior, classes):
+    """Config.class_prior as the shares (C,) of so many classes, of any sum, or None. UserError: it is neither."""
+    numbers = prior.replace("uniform", ",".join("1" * classes)).split(",")
+    with suppress(ValueError):
+        shares = None if prior == "none" else torch.tensor([float(number) for number in numbers])
+        if shares is None or (len(shares) == classes and shares.min() >= 1e-5 * shares.sum() > 0):
+            return shares
+    raise UserError(f"--class-prior {prior}: none, uniform, or {classes} numbers, none below 0.00001 of their sum")
 
 
 def tclip_objective(logits, z, index, labels, config):
@@ -616,8 +618,7 @@ def load_clip(name):
         file = Path(__file__).resolve().parent / "tclip_app/offline_clip.pt"  # tiny; it knows digits alone
         if not file.exists():
             raise UserError(f"the CLIP that knows digits is missing: {file}, of tclip's repository")
-        weights = torch.load(file, weights_only=True)
-        model = open_clip.model.build_model_from_openai_state_dict(weights, cast_dtype=None)
+        model = open_clip.model.build_model_from_openai_state_dict(torch.load(file, weights_only=True), cast_dtype=None)
         return model, open_clip.image_transform(model.visual.image_size, is_train=False), open_clip.tokenize
     arch, _, tag = name.partition(":")
     if not tag:
@@ -625,7 +626,7 @@ def load_clip(name):
             import clip
 
             if name in getattr(clip, "available_models", list)():  # PyPI's "clip" is another program
-                return *clip.load(name, "cpu"), partial(clip.tokenize, truncate=True)
+                return *clip.load(name, "cpu"), lambda texts: clip.tokenize(texts, truncate=True)
         arch, tag = re.sub("[/@]", "-", name).removesuffix("px"), "openai"
     if (arch, tag) not in open_clip.list_pretrained() and not (arch in open_clip.list_models() and Path(tag).is_file()):
         raise UserError(f"--clip {name}: there is offline, RN50, ViT-B/32, ViT-L/14, ..., and open_clip's arch:tag")
@@ -637,6 +638,7 @@ def load_clip(name):
 # ==== A run ===========================================================================================================
 def read_dataset(config):
     """The data set's unlabeled and held-out Images, named by CLIP, and the class names."""
+    class_shares(config.class_prior, len(DATASETS[config.dataset]["classes"]))  # a UserError before CLIP is asked
     clip, recipe = Clip(config.clip, config.device), DATASETS[config.dataset]
     unlabeled, heldout = (load_images(config, split, clip) for split in ("train", "test"))
     prompts = text_classifier(clip.encode_texts, recipe["classes"], recipe["templates"])  # (C, D)
@@ -681,7 +683,7 @@ def run(config, read=read_dataset, resumed=False):
 
 def claim_folder(config):
     """Make a new folder for the results and return its name: two runs that begin together get two."""
-    for name in [config.out] if config.out else (f"runs/{config.dataset}" + f"-{i}" * (i > 1) for i in count(1)):
+    for name in [config.out] if config.out else (f"runs/{config.dataset}" + f"-{i}" * (i > 1) for i in range(1, 10**6)):
         with suppress(FileExistsError):  # where another run was quicker
             Path(name).mkdir(parents=True)
             return name
@@ -734,11 +736,11 @@ def write_csv(path, rows):
 
 
 def add_settings(parser, settings):
-    """A flag for each of these fields of a dataclass. What is not given on the command line is not in the result."""
+    """A flag for each of these fields. What is not given on the command line is not in the result. ~ is the home."""
     for f in settings:
         words = f": {', '.join(f.metadata['allowed'])}" if f.type is str and f.metadata["allowed"] else ""
         text = f.metadata["help"] + words + (f" [{f.default}]" if f.default is not None and f.type is not bool else "")
-        how = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
+        how = {bool: dict(action="store_true"), str: dict(type=os.path.expanduser)}.get(f.type, dict(type=f.type))
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **how)
 
 
@@ -747,19 +749,19 @@ def main(argv=None):
     usage, keep = "%(prog)s [--setting value ...]", argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("tclip.py", usage, __doc__, formatter_class=keep)
     add_settings(parser, fields(Config))
-    parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
+    parser.add_argument("--resume", metavar="RUN", type=os.path.expanduser, help="go on with this interrupted run")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # where it is closed, a progress bar would fail
     given = vars(parser.parse_args(argv))
     folder, name = given.pop("resume"), given.get("dataset", Config.dataset)
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
-    file = Path(folder or "", "config.json")
-    if folder and not file.is_file():
+    if folder and not Path(folder, "config.json").is_file():
         raise UserError(f"--resume {folder}: there is no run")
-    begun = json.loads(file.read_text()) if folder else DATASETS[name]["settings"]  # what is given replaces it
+    begun = json.loads(Path(folder, "config.json").read_text()) if folder else DATASETS[name]["settings"]
     if summary := run(Config(**begun | given | (dict(out=folder) if folder else {})), resumed=bool(folder)):
-        print("right of the unlabeled images: teacher {unlabeled_teacher_accuracy:.1%}, student "
-              "{unlabeled_student_accuracy:.1%}; of the held-out ones: {heldout_teacher_accuracy:.1%}, "
-              "{heldout_student_accuracy:.1%}; {seconds:.0f} s on {device}; see {out}".format(**summary))  # fmt: skip
+        right = [f"{k.replace('_', ' ')} {v:.1%}" for k, v in summary.items() if k.endswith("accuracy")]
+        with suppress(BrokenPipeError, UnicodeEncodeError):  # all is written, whoever reads this
+            print("{}; {seconds:.0f} s on {device}; see {out}".format(", ".join(right), **summary), flush=True)
 
 
 if __name__ == "__main__":

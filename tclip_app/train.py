@@ -14,7 +14,8 @@ import torch.distributed as dist
 import tclip
 from tclip import UserError, setting
 from tclip_app import answers, images
-from tclip_app.files import check_folder, load, write_whole
+from tclip_app.files import check_folder, load, run_folder, write_whole
+from tclip_app.names import class_numbers
 
 
 @dataclass
@@ -44,16 +45,19 @@ def begin(given):
         raise UserError("tclip train needs a folder of images, or --resume RUN")
     root = Path(given["root"])
     images.find(root)
+    check_effect(given)
     classes = answers.listed(given["classes"], ",") if "classes" in given else None
+    if classes and len(classes) < 2 and not os.path.isfile(given["classes"]):
+        raise UserError(f"--classes {classes[0]}: there is no such file, and of classes two are needed at least")
     if "pseudo_labels" in given:
         classes = answers.read_pseudo_labels(given["pseudo_labels"], classes)[1]
     if not classes:
         raise UserError('tclip train needs the names of the classes: --classes "cat,dog"')
-    answers.class_numbers([], classes, "--classes")
+    class_numbers([], classes, "--classes")
     prompts = answers.listed(given["templates"]) if "templates" in given else ["a photo of a {}.", "a photo of the {}."]
     if not all("{}" in prompt for prompt in prompts):
-        raise UserError('--templates: each needs {} for the class name, as "a photo of a {}."')
-    check_prior(given.get("class_prior", "none"), classes)
+        raise UserError('--templates: no such file, or a prompt without {} for the class, as in "a photo of a {}."')
+    given |= dict(class_prior=answers.class_prior(given.get("class_prior", "none"), classes))
     out = given.get("out", "runs")
     check_folder(out)
     if Path(out).resolve().is_relative_to(root):
@@ -63,22 +67,36 @@ def begin(given):
     return Settings(**dict(size=given.get("size") or images.usual_size(root)) | given)
 
 
-def check_prior(prior, classes):
-    """UserError: these are no shares of the classes, as Config.class_prior has them. Labels in float16 need some."""
-    try:
-        shares = [] if prior in ("none", "uniform") else [float(share) for share in prior.split(",")]
-    except ValueError:
-        shares = [0]
-    if shares and not (len(shares) == len(classes) and min(shares) >= 1e-5 * sum(shares) > 0):
-        wanted = f"{len(classes)} numbers, none below 0.00001 of the sum, for {', '.join(classes[:20])}"
-        raise UserError(f"--class-prior {prior}: uniform, or {wanted}")
+def check_effect(given):
+    """UserError: a setting is given that has no effect beside the others."""
+    for useless, why, names in (
+        ("pseudo_labels" in given, "beside --pseudo-labels", ("clip", "templates", "cache")),
+        (given.get("label_momentum") == 1, "with --label-momentum 1", ("label_neighbours",)),
+        (given.get("c3l_weight") == 0, "with --c3l-weight 0", ("temperature", "class_share")),
+    ):
+        if useless and (idle := [name for name in names if name in given]):
+            raise UserError(f"--{idle[0].replace('_', '-')} has no effect {why}: leave it out")
+
+
+def check_machine(config):
+    """UserError: there is no place for CLIP's features, or no compiler where --compile needs one."""
+    if not config.pseudo_labels and config.cache != "none":
+        check_folder(config.cache, "; choose another --cache, or none")
+    if config.compile:
+        try:
+            torch.compile(torch.neg)(torch.ones(8, device=config.device))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"--compile: {reason}") from error
 
 
 def resume(run, given):
     """The Settings of the run in that folder, which goes on; where things lie may be given anew.
 
-    UserError: other settings are given, there is no such run, or its checkpoint is damaged.
+    run: the folder, or a file in it. UserError: other settings are given, there is no such run, or its checkpoint is
+    damaged.
     """
+    run = str(run_folder(run))
     if fixed := given.keys() - PLACES:
         raise UserError(f"--resume takes --{min(fixed).replace('_', '-')} from {run}/config.json: leave it out")
     try:
@@ -109,6 +127,7 @@ def read(config):
         features, said = None, answers.read_pseudo_labels(config.pseudo_labels, classes)
     else:
         clip = tclip.Clip(config.clip, config.device)
+        whole_texts(clip, classes, config.templates.split("\n"))
         prompts = tclip.text_classifier(clip.encode_texts, classes, config.templates.split("\n"))  # (C, D)
         features = images.KeptFeatures(clip, images.features_file(config.cache, config.dataset, clip.name))
     how = dict(memory=config.memory, strict=config.strict, as_file=world > 1)
@@ -118,6 +137,7 @@ def read(config):
         probs, rows = answers.match(names, said[0], said[2], said[3])
     else:
         probs = tclip.zero_shot_probs(rows, prompts, clip.temperature)
+    answers.tell_unsaid(probs, classes)
     truth = answers.read_truth(config.truth, names, classes)
     if world > 1:
         tables = dict(probs=probs, truth=truth) | (dict() if rows is None else dict(features=rows))
@@ -125,6 +145,20 @@ def read(config):
         atexit.register(shared.unlink, missing_ok=True)
         write_whole(shared, lambda draft: np.savez(draft, **tables))
     return tclip.Images(names, pixels, truth, probs, rows), None, classes
+
+
+def whole_texts(clip, classes, prompts):
+    """Tell of which classes CLIP does not read the prompts to their ends. UserError: two are one class to it."""
+    cut, seen = [], {}
+    for name in classes:
+        texts = [prompt.replace("{}", name) for prompt in prompts]
+        tokens = clip.tokenize(texts)  # (P, 77)
+        if (tokens == clip.tokenize([text + " and more" for text in texts])).all(1).any():  # which makes no difference
+            cut.append(name)
+        if (other := seen.setdefault(tuple(tokens.flatten().tolist()), name)) != name:
+            raise UserError(f"to CLIP, which reads {tokens.shape[1]} tokens, {other!r} and {name!r} are the same text")
+    if cut:
+        images.tell(f"CLIP reads {tokens.shape[1]} tokens, and not the ends of {len(cut)} classes, such as {cut[0]!r}")
 
 
 def same_images(config, names):
