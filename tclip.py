@@ -11,7 +11,6 @@ CLIP with Class-Conditional Contrastive Learning", ICASSP 2022, arXiv 2206.06177
 see README.md. The parts from the pseudo-labels to the ensemble labels need torch alone: copy them out.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -19,6 +18,7 @@ import os
 import re
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, RawTextHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -141,7 +141,7 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
 
 # ==== Ensemble labels =================================================================================================
 def nearest(embeddings, k, pool=50_000):
-    """The k nearest other images of each by cosine, int64 (N, k). embeddings: unit rows, float (N, D).
+    """The k nearest other images of each, int64 (N, k), by cosine of unit rows, float (N, D).
 
     Beyond `pool` images they are sought among so many random ones: the cost of an image stays flat.
     """
@@ -168,10 +168,10 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
 def verdict(answers, near):
     """The exponents (a, s) of bayes_rule(), after a trial in which the labels stood without the teacher's word (a = 0).
 
-    Of what the teacher claims, its mean confidence: how much of its words do the neighbourhoods (N, C) foretell? That
-    is how much an embedding knows: s = 1.5 (share / 0.9)^4, at most 1.5. And how much probability do its answers (N, C)
-    give to what the neighbourhoods choose? Above 0.81 its word is not missed, and a stays 0: where it errs for whole
-    classes it would hold the labels back. Otherwise a = 1.
+    foretold: how often the neighbourhoods (N, C) choose what the teacher says, as a share of its mean confidence: what
+    the embedding knows, so s = 1.5 (foretold / 0.9)^4, at most 1.5. conceded: the probability that the answers (N, C)
+    give to those choices, as such a share. From 0.81 on the teacher's word is not missed, and a stays 0: where it errs
+    for whole classes it would hold the labels back. Otherwise a = 1.
     """
     (claim, word), choice = answers.max(1), near.argmax(1, keepdim=True)  # (N,), (N,), (N, 1)
     foretold = (choice[:, 0] == word).float().mean() / claim.mean()
@@ -217,10 +217,7 @@ class EnsembleLabels(torch.nn.Module):
             self.exponents[:] = torch.tensor([0, 1.5])
 
     def update(self, index, said, places):
-        """One step for the images `index`: what is said of each, (B, C), and its neighbours' places among them, (B, k).
-
-        Returns n of bayes_rule(), the mean of what is said of the neighbours (B, C).
-        """
+        """One step for the images `index`, of what is said (B, C) and the neighbours' places in it (B, k): n (B, C)."""
         near = sum(said[column] for column in places.T) / places.shape[1]  # (B, k, C) at once would be gigabytes
         q = bayes_rule(self.answers[index].float(), near, said.mean(0).clamp_min(1e-6), *self.exponents)
         q = q if self.class_prior is None else with_shares(q.clamp_min(1e-12), self.class_prior)
@@ -714,15 +711,15 @@ def write_results(config, unlabeled, heldout, classes, student, labels, started)
         side = min(4 + 0.18 * len(classes), 20)
         figure = Figure((2 * side + 1, side), layout="compressed")
         for ax, who in zip(figure.subplots(1, 2), ("teacher", "student")):
-            confusion = scores[f"unlabeled_{who}"]["confusion"]
-            shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)  # of the true class, in %
-            look = dict(include_values=len(classes) <= 20, values_format=".0f", xticks_rotation=90)  # else a blur
-            ConfusionMatrixDisplay(shares.numpy(), display_labels=classes).plot(ax=ax, **look)
+            confusion = scores[f"unlabeled_{who}"]["confusion"].numpy()
+            shares = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)  # of the true class, in %
+            look = dict(include_values=len(classes) <= 20, values_format=".0f", im_kw=dict(vmin=0, vmax=100))
+            ConfusionMatrixDisplay(shares, display_labels=classes).plot(ax=ax, xticks_rotation=90, **look)
             ax.set_title(f"{who}: {summary[f'unlabeled_{who}_accuracy']:.1%} right")
         figure.savefig(out / "noise.png", dpi=120, bbox_inches="tight")
     write_csv(out / "labels.csv", [dict(zip(columns, row)) for row in zip(*columns.values())])
-    model = dict(arch=student.arch, size=student.size, classes=classes, student=student.state_dict())
-    torch.save(model, out / "model.pt")
+    kept = dict(arch=student.arch, size=student.size, classes=classes, student=student.state_dict())
+    torch.save(kept, out / "model.pt")
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -741,13 +738,12 @@ def add_settings(parser, settings):
         words = f": {', '.join(f.metadata['allowed'])}" if f.type is str and f.metadata["allowed"] else ""
         text = f.metadata["help"] + words + (f" [{f.default}]" if f.default is not None and f.type is not bool else "")
         how = {bool: dict(action="store_true"), str: dict(type=os.path.expanduser)}.get(f.type, dict(type=f.type))
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **how)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=SUPPRESS, **how)
 
 
 def main(argv=None):
     """The command line."""
-    usage, keep = "%(prog)s [--setting value ...]", argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("tclip.py", usage, __doc__, formatter_class=keep)
+    parser = ArgumentParser("tclip.py", "%(prog)s [--setting value ...]", __doc__, formatter_class=RawTextHelpFormatter)
     add_settings(parser, fields(Config))
     parser.add_argument("--resume", metavar="RUN", type=os.path.expanduser, help="go on with this interrupted run")
     sys.stderr = sys.stderr or open(os.devnull, "w")  # where it is closed, a progress bar would fail
