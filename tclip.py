@@ -297,13 +297,14 @@ class Student(nn.Module):
     """The network that is trained: float (B, 3, S, S) in [0, 1] -> logits (B, C), unit embeddings (B, embedding_dim).
 
     arch: resnet8, or a resnet of torchvision, up to 64 px (`size`) with CIFAR's stem: 3x3, stride 1, and no max-pool.
+    backbone: in their place another network, images (B, 3, S, S) about zero -> features (B, width), and its width.
     """
 
-    def __init__(self, arch, num_classes, size=32, embedding_dim=128):
+    def __init__(self, arch, num_classes, size=32, embedding_dim=128, backbone=None):
         super().__init__()
         self.arch, self.size = arch, size
-        if arch == "resnet8":
-            self.backbone, width = resnet8(size), 128
+        if backbone or arch == "resnet8":
+            self.backbone, width = backbone or (resnet8(size), 128)
         elif arch.startswith("resnet") and arch in torchvision.models.list_models():
             self.backbone = torchvision.models.get_model(arch)
             width, self.backbone.fc = self.backbone.fc.in_features, nn.Identity()
@@ -323,8 +324,7 @@ class Student(nn.Module):
 
 def resnet8(size):
     """Features (B, 128) by a ResNet of three basic blocks. From 32 px on its first convolution halves the image."""
-    kernel, stride, padding = (6, 2, 2) if size >= 32 else (3, 1, 1)
-    stem = nn.Conv2d(3, 32, kernel, stride, padding, bias=False)
+    stem = nn.Conv2d(3, 32, 6, 2, 2, bias=False) if size >= 32 else nn.Conv2d(3, 32, 3, padding=1, bias=False)
     layers = [stem, nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
     for width in (32, 64):
         shortcut = nn.Sequential(conv1x1(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width))
@@ -334,26 +334,26 @@ def resnet8(size):
 
 # ==== Training ========================================================================================================
 # Under torchrun each process has all images and labels, and takes its share of each batch.
-def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None):
-    """Train a student on unlabeled images and what a teacher says of them. No truth comes here.
+def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None, student=None, labels=None):
+    """Train a student on unlabeled images and what a teacher says of them: (student, labels). No truth comes here.
 
     pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's. features: its unit image features (N, D), or None.
     out: folder (Path) for metrics.csv and checkpoint.pt, written after each epoch; from a checkpoint there training
-    goes on, on a CPU to the bit as if it had never stopped. objective: in place of tclip_objective(). on_epoch: called
-    after each epoch with its row of metrics.csv, student and labels. Returns (student, EnsembleLabels).
+    goes on, on a CPU to the bit as if it had never stopped. objective, student, labels: in place of tclip_objective(),
+    a new Student, the class EnsembleLabels. on_epoch: called after each epoch with its row, student and labels.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, objective = torch.device(config.device), objective or tclip_objective
-    bfloat16 = has_fast_bfloat16(device)
     torch.manual_seed(config.seed)
-    student = Student(config.arch, probs.shape[1], pixels.shape[-1]).to(device, memory_format=torch.channels_last)
+    student = student or Student(config.arch, probs.shape[1], pixels.shape[-1])
+    student.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
     probs, features = (None if x is None else x.to(device) for x in (probs, features))
     prior = config.class_prior.replace("uniform", ",".join("1" * probs.shape[1]))
     shares = None if prior == "none" else torch.tensor([float(share) for share in prior.split(",")], device=device)
     if shares is not None and (len(shares) != probs.shape[1] or not (shares > 0).all()):
         raise UserError(f"--class-prior {prior}: none, uniform, or {probs.shape[1]} numbers above 0, by commas")
-    labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, shares)
+    labels = (labels or EnsembleLabels)(probs, features, config.label_momentum, config.label_neighbours, shares)
     parts, history = dict(student=student, optimizer=optimizer, labels=labels), []
     if out and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
@@ -382,7 +382,7 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
             optimizer.param_groups[0]["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
             mine = pixels[batch[:, rank].to(pixels.device)].to(device)  # uint8 (B / W, 3, S, S)
             views = augment(mine, views=2, **VIEWS[config.views])  # (2B / W, 3, S, S)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
                 logits, z = model(views.contiguous(memory_format=torch.channels_last))
             logits, z, index = whole_batch(logits.float()), whole_batch(z), batch.T.flatten()  # (2B, C), (2B, D), (B,)
             classification, contrastive = objective(logits, z, index, labels, config)
@@ -629,13 +629,12 @@ def read_dataset(config):
     return unlabeled, heldout, recipe["classes"]
 
 
-def run(config, read=read_dataset, resumed=False):
+def run(config, read=read_dataset, resumed=False, learn=train):
     """A whole run: images, pseudo-labels, training, results. Returns the summary, a dict, of the first process.
 
-    read: config -> (unlabeled Images, held-out Images or None, C class names). resumed: it has begun in config.out.
+    read: config -> (unlabeled Images, held-out Images or None, C classes). resumed: begun before. learn: like train().
     """
     started, rank, world = time.time(), 0, 1
-    Student(config.arch, 2)  # an unknown arch is told before anything is read
     if dist.is_torchelastic_launched():
         if config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -653,7 +652,7 @@ def run(config, read=read_dataset, resumed=False):
         unlabeled, heldout, classes = read(config)
         if rank == 0 and world > 1:
             dist.barrier()
-        student, labels = train(config, unlabeled.pixels, unlabeled.probs, unlabeled.features, Path(config.out))
+        student, labels = learn(config, unlabeled.pixels, unlabeled.probs, unlabeled.features, Path(config.out))
     except KeyboardInterrupt:
         raise UserError(f"stopped; go on with --resume {config.out}") from None
     summary = write_results(config, unlabeled, heldout, classes, student, labels, started) if rank == 0 else None
@@ -736,6 +735,7 @@ def main(argv=None):
     folder, name = given.pop("resume"), given.get("dataset", Config.dataset)
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
+    Student(given.get("arch", Config.arch), 2)  # an unknown one is told before anything is read
     file = Path(folder or "", "config.json")
     if folder and not file.is_file():
         raise UserError(f"--resume {folder}: there is no run")
