@@ -27,7 +27,7 @@ class Prediction:
     dataset: str = setting(None, "name for the results")
     model: str = setting(None, "model.pt of a run")
     out: str = setting(None, "folder of the results [runs/predict-IMAGES, or the next free one]")
-    unknown: float = setting(0.0, "call images unknown that are less familiar; 0.02: than 98 % in training", (0, 1))
+    unknown: float = setting(0.0, "call images unknown that are less familiar; 0.02: than 98 of 100 others", (0, 1))
     device: str = setting(tclip.DEVICES[0], "where to compute", tclip.DEVICES)
     strict: bool = setting(False, "stop at the first file that is no readable image")
     memory: float = setting(8.0, "gigabytes of pixels that are held in memory; more lie in a file", (0, 1e6))
