@@ -10,20 +10,24 @@ import tclip
 from tclip_app import answers
 from tclip_app.files import load_model, write_whole
 
-SHRINKAGE, FOLDS = 0.1, 5  # of the covariance towards a multiple of the identity
+SHRINKAGE = 0.1  # share of the covariance that is the same in all directions
+RANK = 64  # directions of it that are kept: a model.pt stays small
+FOLDS = 5
 
 
 class Familiarity(nn.Module):
     """Features and the class that is given (B,) -> the share of the training images that are less typical (B,).
 
     Features are the student's before its classifier, of length one (B, D). The less typical they are, the larger is
-    their Mahalanobis distance to the mean of the class, with one covariance for all classes (Lee et al. 2018).
+    their Mahalanobis distance to the mean of the class, with one covariance for all classes (Lee et al. 2018): shrunk
+    towards a multiple of the identity, which it is taken for beside its largest directions.
     """
 
     def __init__(self, classes, width):
         super().__init__()
         self.register_buffer("means", torch.zeros(classes, width))
-        self.register_buffer("precision", torch.zeros(width, width))
+        self.register_buffer("directions", torch.zeros(min(width, RANK), width))
+        self.register_buffer("floor", torch.ones(()))
         self.register_buffer("quantiles", torch.zeros(1001))  # of the training images' distances
 
     def fit(self, features, given):
@@ -43,17 +47,19 @@ class Familiarity(nn.Module):
         return distances
 
     def estimate(self, features, given):
-        """Means and precision, the inverse of the covariance, of these images."""
+        """Means and covariance of these images, the latter as floor x (1 - directions' x directions)^-1."""
         members = F.one_hot(given, len(self.means)).float()  # (N, C)
         self.means = members.T @ features / members.sum(0).clamp_min(1)[:, None]
         beside = features - self.means[given]
         covariance = beside.T @ beside / max(len(beside), 1)  # (D, D)
-        even = covariance.diagonal().mean().clamp_min(1e-6) * torch.eye(len(covariance))
-        self.precision = torch.linalg.inv(torch.lerp(covariance, even, SHRINKAGE))
+        self.floor = SHRINKAGE * covariance.diagonal().mean().clamp_min(1e-6)
+        variances, directions = (x[..., -RANK:] for x in torch.linalg.eigh(covariance))  # (64,), (D, 64)
+        variances = (1 - SHRINKAGE) * variances.clamp_min(0) + self.floor
+        self.directions = (directions * (1 - self.floor / variances).sqrt()).T
 
     def distances(self, features, given):
         beside = features - self.means[given]
-        return (beside @ self.precision * beside).sum(1)
+        return (beside.square().sum(1) - (beside @ self.directions.T).square().sum(1)) / self.floor
 
     def forward(self, features, given):
         return (self.quantiles > self.distances(features, given)[:, None]).float().mean(1)

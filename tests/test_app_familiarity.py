@@ -11,7 +11,7 @@ from PIL import Image
 
 import tclip
 from tclip_app.cli import main
-from tclip_app.familiarity import Familiarity
+from tclip_app.familiarity import SHRINKAGE, Familiarity
 
 
 def drawn(n, seed):
@@ -33,6 +33,11 @@ def test_familiarity():
     x = familiarity.means[:1] + 3 * torch.eye(20)[[0, 9]]
     near, far = familiarity(x, torch.zeros(2, dtype=torch.long)).tolist()
     assert near > 0.2 and far == 0 and familiarity(new, 1 - classes).max() == 0
+    means = np.stack([features[given == c].numpy().mean(0) for c in range(2)])
+    covariance = np.cov((features.numpy() - means[given]).T, bias=True)
+    precision = np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * covariance.trace() / 20 * np.eye(20))
+    expected = [(x - means[c]) @ precision @ (x - means[c]) for x, c in zip(new.numpy(), classes)]
+    np.testing.assert_allclose(familiarity.distances(new, classes), expected, rtol=1e-3)
     assert familiarity.quantiles[[0, -1]].tolist() == [distances.min(), distances.max()]
 
 
