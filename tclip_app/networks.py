@@ -45,15 +45,16 @@ def timm_network(name, size, pretrained):
     how = dict(img_size=factor * size) if fixed else {}
     try:
         network = timm.create_model(name, pretrained, num_classes=0, **how)
-        network = nn.Sequential(nn.Upsample(scale_factor=factor, mode="bilinear"), network) if factor > 1 else network
-        keep_activations(network)
-        with torch.no_grad():
-            _, width = network.eval()(torch.zeros(1, 3, size, size)).shape
     except (HfHubHTTPError, LocalEntryNotFoundError, URLError) as error:
         raise UserError(f"--pretrained: no weights of {name} at hand, and no download: {error}") from error
-    except (RuntimeError, AssertionError, ValueError) as error:  # of torch and of timm, where shapes do not fit
+    network = nn.Sequential(nn.Upsample(scale_factor=factor, mode="bilinear"), network) if factor > 1 else network
+    keep_activations(network)
+    try:
+        with torch.no_grad():
+            features = network.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:  # shrunk to nothing, or made for other sizes alone
         raise UserError(f"--arch timm:{name} takes no images of {size} px: {error}") from error
-    return network.train(), width
+    return network.train(), features.shape[1]
 
 
 def keep_activations(module):

@@ -62,7 +62,8 @@ def test_timm_run(tmp_path, monkeypatch):
         ("resnet88", False, "near: .*resnet8"), ("timm:hf-hub:a/b", False, "there is"),
         *((name, False, "near: timm:mobilenetv4_conv_small")
           for name in ("mobilenetv4_conv_small", "timm:mobilenetv4_con_small")),
-        ("timm:efficientformer_l1", False, "takes no images of 16 px"), ("resnet18", True, "no weights of resnet18"),
+        *((name, False, "takes no images of 16 px") for name in ("timm:efficientformer_l1", "timm:halonet_h1")),
+        ("resnet18", True, "no weights of resnet18"),
         ("timm:test_resnet", True, "no download"), ("timm:darknet17", True, "no weights of timm:darknet17"),
     ],
 )  # fmt: skip
