@@ -44,8 +44,9 @@ PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "labels", "truth
 def run(config, resumed):
     """A whole run on a folder of images. Returns the summary, a dict, of the first process."""
     classes, read_images = config.classes.split("\n"), []
+    pretrained = config.pretrained and not (resumed and Path(config.out, "checkpoint.pt").exists())
     torch.manual_seed(config.seed)
-    student = networks.build(config.arch, len(classes), config.size, config.pretrained)  # before anything is read
+    student = networks.build(config.arch, len(classes), config.size, pretrained)  # what is wrong is told before reading
 
     def read_once(config):
         read_images.append(read(config)[0])

@@ -31,8 +31,8 @@ def test_timm_network(name, size):
 
 
 def test_timm_run(tmp_path, monkeypatch):
-    """tclip train, predict and export with a network of timm. --pretrained asks for its weights once: the model.pt of
-    the run is read without."""
+    """tclip train, predict and export with a network of timm. --pretrained asks for its weights once: checkpoint.pt and
+    model.pt are read without."""
     onnxruntime, asked, create = pytest.importorskip("onnxruntime"), [], timm.create_model
     pytest.importorskip("onnxscript")
     create_model = lambda name, pretrained, **how: asked.append(pretrained) or create(name, **how)  # noqa: E731
@@ -48,7 +48,8 @@ def test_timm_run(tmp_path, monkeypatch):
     main(["train", "photos", "--arch", "timm:test_efficientnet", "--pretrained", *how.split()])
     main(["predict", "photos", "--model", "run/model.pt", "--out", "more", "--device", "cpu"])
     main(["export", "run/model.pt"])
-    assert asked == [True, False, False]
+    main(["train", "--resume", "run"])
+    assert asked == [True, False, False, False]
     labels, rows = rows_of("run/labels.csv"), rows_of("more/predictions.csv")
     assert [row["student_label"] for row in labels] == [row["label"] for row in rows]
     session = onnxruntime.InferenceSession("run/model.onnx", providers=["CPUExecutionProvider"])
