@@ -99,10 +99,8 @@ def text_classifier(encode_texts, classes, templates):
 
 
 def zero_shot_probs(image_features, text_features, temperature=0.01):
-    """p(class | image) = softmax(cosine / temperature), float32 (N, C), of unit rows (N, D) and (C, D).
-
-    temperature: the model's own, 1 / exp(logit_scale); 0.01 for OpenAI's. Radford et al. 2021, 3.1.2.
-    """
+    """p(class | image) = softmax(cosine / temperature), float32 (N, C), of unit rows (N, D) and (C, D). Radford et al.
+    2021, 3.1.2. temperature: the model's own, 1 / exp(logit_scale); 0.01 for OpenAI's."""
     return (image_features.float() @ text_features.float().T / temperature).softmax(1)
 
 
@@ -141,10 +139,8 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
 
 # ==== Ensemble labels =================================================================================================
 def nearest(embeddings, k, pool=50_000):
-    """The k nearest other images of each, int64 (N, k), by cosine of unit rows, float (N, D).
-
-    Beyond `pool` images they are sought among so many random ones: the cost of an image stays flat.
-    """
+    """The k nearest other images of each, int64 (N, k), by cosine of unit rows, float (N, D). Beyond `pool` images they
+    are sought among so many random ones: the cost of an image stays flat."""
     members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
     bank, found = embeddings[members].T, []  # (D, pool)
     for rows in torch.arange(len(embeddings), device=members.device).split(256):  # N x pool cosines would be gigabytes
@@ -258,9 +254,7 @@ VIEWS = {  # keyword arguments of augment()
 
 def augment(pixels, padding="reflection", views=1, **ranges):
     """Random views of images, first the first of each: uint8 (B, 3, S, S) -> float32 (views * B, 3, S, S) in [0, 1].
-
-    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views().
-    """
+    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views()."""
     pixels = pixels.repeat(views, 1, 1, 1)
     return apply_views(pixels, draw_views(len(pixels), device=pixels.device, **ranges), padding)
 
@@ -306,13 +300,14 @@ class Student(nn.Module):
     """The network that is trained: float (B, 3, S, S) in [0, 1] -> logits (B, C), unit embeddings (B, embedding_dim).
 
     arch: resnet8, or a resnet of torchvision, up to 64 px (`size`) with CIFAR's stem: 3x3, stride 1, and no max-pool.
+    backbone: in their place another network, images (B, 3, S, S) about zero -> features (B, width), and its width.
     """
 
-    def __init__(self, arch, num_classes, size=32, embedding_dim=128):
+    def __init__(self, arch, num_classes, size=32, embedding_dim=128, backbone=None):
         super().__init__()
         self.arch, self.size = arch, size
-        if arch == "resnet8":
-            self.backbone, width = resnet8(size), 128
+        if backbone or arch == "resnet8":
+            self.backbone, width = backbone or (resnet8(size), 128)
         elif arch.startswith("resnet") and arch in torchvision.models.list_models():
             self.backbone = torchvision.models.get_model(arch)
             width, self.backbone.fc = self.backbone.fc.in_features, nn.Identity()
@@ -332,8 +327,8 @@ class Student(nn.Module):
 
 def resnet8(size):
     """Features (B, 128) by a ResNet of three basic blocks. From 32 px on its first convolution halves the image."""
-    kernel, stride, padding = (6, 2, 2) if size >= 32 else (3, 1, 1)
-    layers = [nn.Conv2d(3, 32, kernel, stride, padding, bias=False), nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
+    stem = nn.Conv2d(3, 32, 6, 2, 2, bias=False) if size >= 32 else nn.Conv2d(3, 32, 3, padding=1, bias=False)
+    layers = [stem, nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
     for width in (32, 64):
         shortcut = nn.Sequential(conv1x1(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width))
         layers.append(BasicBlock(width, 2 * width, stride=2, downsample=shortcut))
@@ -342,23 +337,24 @@ def resnet8(size):
 
 # ==== Training ========================================================================================================
 # Under torchrun each process has all images and labels, and takes its share of each batch.
-def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None):
-    """Train a student on unlabeled images and what a teacher says of them. No truth comes here.
+def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None, student=None, labels=None):
+    """Train a student on unlabeled images and what a teacher says of them: (student, labels). No truth comes here.
 
     pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's. features: its unit image features (N, D), or None.
     out: folder (Path) for metrics.csv and checkpoint.pt, written after each epoch; from a checkpoint there training
-    goes on, on a CPU to the bit as if it had never stopped. objective: in place of tclip_objective(). on_epoch: called
-    after each epoch with its row of metrics.csv, student and labels. Returns (student, EnsembleLabels).
+    goes on, on a CPU to the bit as if it had never stopped. objective, student, labels: in place of tclip_objective(),
+    a new Student, the class EnsembleLabels. on_epoch: called after each epoch with its row, student and labels.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, objective = torch.device(config.device), objective or tclip_objective
     torch.manual_seed(config.seed)
-    student = Student(config.arch, probs.shape[1], pixels.shape[-1]).to(device, memory_format=torch.channels_last)
+    student = student or Student(config.arch, probs.shape[1], pixels.shape[-1])
+    student.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
     shares = class_shares(config.class_prior, probs.shape[1])
     probs, features, shares = (None if x is None else x.to(device) for x in (probs, features, shares))
-    trial = max(1, config.epochs // 8)
-    labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, shares, trial)
+    rule = config.label_momentum, config.label_neighbours, shares, max(1, config.epochs // 8)
+    labels = (labels or EnsembleLabels)(probs, features, *rule)
     parts, history = dict(student=student, optimizer=optimizer, labels=labels), []
     if out and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
@@ -402,9 +398,8 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
         classification, contrastive = losses.tolist()
         changed = (labels.table.argmax(1) != probs.argmax(1)).float().mean().item()
         row = dict(epoch=epoch + 1, loss=classification + contrastive, classification=classification)
-        row |= dict(contrastive=contrastive, labels_changed=changed)
-        row |= dict(zip(("trust", "sharpness"), labels.exponents.tolist()))
-        history.append(row | dict(seconds=round(time.time() - started, 3)))
+        row |= dict(contrastive=contrastive, labels_changed=changed, seconds=round(time.time() - started, 3))
+        history.append(row | dict(zip(("trust", "sharpness"), labels.exponents.tolist())))
         bar.set_postfix_str(f"loss {classification + contrastive:.3f}, labels changed {changed:.1%}")
         if on_epoch:
             on_epoch(history[-1], student, labels)
@@ -428,9 +423,7 @@ def class_shares(prior, classes):
 
 def tclip_objective(logits, z, index, labels, config):
     """What a step minimises, two scalars: cross-entropy with the ensemble labels, lambda times the contrastive loss.
-
-    logits (2B, C) and unit embeddings z (2B, D) of two views: rows i and i + B are of the image index[i].
-    """
+    logits (2B, C) and unit embeddings z (2B, D) of two views: rows i and i + B are of the image index[i]."""
     targets = labels.targets(index)  # (B, C)
     cross_entropy = F.cross_entropy(logits, targets.repeat(2, 1))
     if config.c3l_weight == 0:
@@ -441,9 +434,7 @@ def tclip_objective(logits, z, index, labels, config):
 
 def whole_batch(x):
     """x (2B / W, ...) of all W processes as (2B, ...): all first views, then all second. Its own rows have a gradient.
-
-    Every process computes the loss of the whole batch. DDP takes the mean of the gradients: W times it is the whole's.
-    """
+    Every process computes the loss of the whole batch. DDP takes the mean of the gradients: W times is the whole's."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -476,9 +467,7 @@ def predict(student, pixels):
 
 def score(probs, truth):
     """dict of accuracy, per_class (C of them) and confusion (C, C), row truth, column said, of predictions (N, C).
-
-    truth: int64 (N,), -1 where unknown, which does not count. Accuracies are shares in [0, 1], or None of no image.
-    """
+    truth: int64 (N,), -1 where unknown, which does not count. Accuracies are shares in [0, 1], or None of no image."""
     classes, known = probs.shape[1], truth >= 0
     confusion = (truth * classes + probs.argmax(1))[known].bincount(minlength=classes**2).view(classes, classes)
     right, of_class = confusion.diag().tolist(), confusion.sum(1).tolist()
@@ -526,10 +515,8 @@ DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)
 
 def load_images(config, split, clip):
     """Read the "train" (unlabeled) or "test" (held-out) split of a data set once: Images, but for probs.
-
     CLIP's features are kept in the folder config.cache, a file for each data set, split and model, and used again as
-    long as there is one for each image and the first eight come out the same. UserError: the data set cannot be had.
-    """
+    long as there is one for each image and the first eight come out the same. UserError: the data set cannot be had."""
     try:
         source = DATASETS[config.dataset]["source"](config.root, split == "train")  # torchvision downloads
     except (OSError, RuntimeError) as error:
@@ -582,9 +569,7 @@ def square(image, size):
 # ==== CLIP ============================================================================================================
 class Clip:
     """A CLIP model by its name: OpenAI's, "arch:tag" or "arch:FILE" of open_clip, or offline. UserError: none such.
-
-    prepare: its own preprocessing, PIL image -> float32 (3, S, S). temperature: its own, 1 / exp(logit_scale).
-    """
+    prepare: its own preprocessing, PIL image -> float32 (3, S, S). temperature: its own, 1 / exp(logit_scale)."""
 
     def __init__(self, name="offline", device="cpu"):
         self.name, self.device = name, torch.device(device)
@@ -644,13 +629,10 @@ def read_dataset(config):
     return unlabeled, heldout, recipe["classes"]
 
 
-def run(config, read=read_dataset, resumed=False):
+def run(config, read=read_dataset, resumed=False, learn=train):
     """A whole run: images, pseudo-labels, training, results. Returns the summary, a dict, of the first process.
-
-    read: config -> (unlabeled Images, held-out Images or None, C class names). resumed: it has begun in config.out.
-    """
+    read: config -> (unlabeled Images, held-out Images or None, classes). resumed: begun before. learn: like train()."""
     started, rank, world = time.time(), 0, 1
-    Student(config.arch, 2)  # an unknown arch is told before anything is read
     if dist.is_torchelastic_launched():
         if config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -668,7 +650,7 @@ def run(config, read=read_dataset, resumed=False):
         unlabeled, heldout, classes = read(config)
         if rank == 0 and world > 1:
             dist.barrier()
-        student, labels = train(config, unlabeled.pixels, unlabeled.probs, unlabeled.features, Path(config.out))
+        student, labels = learn(config, unlabeled.pixels, unlabeled.probs, unlabeled.features, Path(config.out))
     except KeyboardInterrupt:
         raise UserError(f"stopped; go on with --resume {config.out}") from None
     summary = write_results(config, unlabeled, heldout, classes, student, labels, started) if rank == 0 else None
@@ -751,6 +733,7 @@ def main(argv=None):
     folder, name = given.pop("resume"), given.get("dataset", Config.dataset)
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
+    Student(given.get("arch", Config.arch), 2)  # an unknown one is told before anything is read
     if folder and not Path(folder, "config.json").is_file():
         raise UserError(f"--resume {folder}: there is no run")
     begun = json.loads(Path(folder, "config.json").read_text()) if folder else DATASETS[name]["settings"]

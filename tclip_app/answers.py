@@ -203,8 +203,8 @@ def tell_unsaid(probs, classes):
         tell(f"the teacher never says {', '.join(never[:5])}: {len(never)} of {len(classes)} classes")
 
 
-def read_truth(truth, names, classes):
-    """Class numbers (N,) of the images `names`, int64, -1 where unknown; for evaluation alone.
+def read_truth(truth, names, classes, flag="--truth"):
+    """Class numbers (N,) of the images `names`, int64, -1 where unknown.
 
     truth: a csv file (file,label), or "folders", where images lie in folders named like the classes; None: all unknown.
     """
@@ -217,7 +217,7 @@ def read_truth(truth, names, classes):
     numbers = dict(zip(labels, class_numbers(labels.values(), classes, truth)))
     there = len(numbers.keys() & set(names))
     if truth and not there:
-        raise UserError(f"--truth {truth} tells nothing of the {len(names)} files, such as {names[0]}")
+        raise UserError(f"{flag} {truth} tells nothing of the {len(names)} files, such as {names[0]}")
     if truth and there < len(names):
-        tell(f"--truth {truth} knows {there} of {len(names)} files")
+        tell(f"{flag} {truth} knows {there} of {len(names)} files")
     return torch.tensor([numbers.get(name, -1) for name in names])

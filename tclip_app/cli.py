@@ -19,7 +19,8 @@ import matplotlib
 
 import tclip
 from tclip import UserError, setting
-from tclip_app import files, fonts, images, report, train
+from tclip_app import familiarity, files, fonts, images, report, train
+from tclip_app.names import plain
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Prediction:
     dataset: str = setting(None, "name for the results")
     model: str = setting(None, "model.pt of a run")
     out: str = setting(None, "folder of the results [runs/predict-IMAGES, or the next free one]")
+    unknown: float = setting(0.0, "call images unknown that are less familiar; 0.02: than 98 of 100 others", (0, 1))
     device: str = setting(tclip.DEVICES[0], "where to compute", tclip.DEVICES)
     strict: bool = setting(False, "stop at the first file that is no readable image")
     memory: float = setting(8.0, "gigabytes of pixels that are held in memory; more lie in a file", (0, 1e6))
@@ -88,7 +90,7 @@ def train_command(resume, **given):
     config = train.resume(resume, given) if resume else train.begin(given)
     train.check_machine(config)
     with matplotlib.rc_context(fonts.settings_for(config.classes.split("\n")) if config.truth else {}):
-        summary = tclip.run(config, train.read, resumed=bool(resume))
+        summary = train.run(config, resumed=bool(resume))
     if not summary:  # the first process speaks
         return
     page = report.write_report(summary["out"])
@@ -106,16 +108,22 @@ def predict_command(root, **given):
     path = Path(os.path.abspath(root))  # a link to an image is followed where it is what was named
     config = Prediction(root=str(path), dataset=f"predict-{path.stem if path.is_file() else path.name}", **given)
     images.find(path)
-    student, classes = files.load_student(config.model)
+    (student, classes), typical = files.load_student(config.model), familiarity.load_familiarity(config.model)
+    if config.unknown and not typical:
+        images.tell(f"{config.model}, of tclip.py, does not hold what is familiar: no image is called unknown")
+    if config.unknown and "unknown" in map(plain, classes):
+        raise UserError("--unknown: a class is called so already")
     student.to(config.device)
     files.check_folder(config.out or "runs")
     out = Path(tclip.claim_folder(config))
     names, pixels, _ = images.read_folder(path, student.size, out, config.memory, config.strict)
-    rows = []
-    for name, shares, numbers in zip(names, *tclip.predict(student, pixels).topk(min(3, len(classes)))):
+    rows, (probs, features) = [], familiarity.predict(student, pixels)
+    for name, shares, numbers in zip(names, *probs.topk(min(3, len(classes)))):
         rows.append(dict(file=name))
         for suffix, share, number in zip(("", "_2", "_3"), shares.tolist(), numbers.tolist()):
             rows[-1] |= {f"label{suffix}": classes[number], f"confidence{suffix}": f"{share:.4f}"}
+    for row, share in zip(rows, typical(features, probs.argmax(1)).tolist() if typical else []):
+        row |= dict(familiar=f"{share:.3f}") | (dict(label="unknown") if share < config.unknown else {})
     tclip.write_csv(out / "predictions.csv", rows)
     say(f"wrote {out / 'predictions.csv'}")
 
@@ -131,5 +139,6 @@ def export_command(model):
         if error.name.split(".")[0] not in ("onnxscript", "onnx", "onnx_ir", "safetensors"):
             raise
         raise UserError(f'export needs {error.name}: pip install "tclip[export]"') from error
-    written = export.export_student(*files.load_student(model), files.model_file(model))
+    student, classes = files.load_student(model)
+    written = export.export_student(student, classes, files.model_file(model), familiarity.load_familiarity(model))
     say(f"wrote {' and '.join(map(str, written))}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-import tclip
 from tclip import UserError
+from tclip_app.networks import build
 
 
 def write_whole(path, write, mode="wb"):
@@ -40,7 +40,7 @@ def check_folder(folder, remedy=""):
         raise UserError(f"cannot write in {folder}: {error.strerror or error}{remedy}") from error
 
 
-def load(path, *keys):
+def load(path, *keys, optional=()):
     """The dict of these keys that torch.save() wrote, on the CPU; no code in it is run. UserError: it is no such."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file")
@@ -48,7 +48,7 @@ def load(path, *keys):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # memory holds what is in use
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is cut off, or not of a run of tclip: {str(error)[:80]}") from error
-    if not isinstance(content, dict) or content.keys() != set(keys):
+    if not isinstance(content, dict) or content.keys() - set(optional) != set(keys):
         raise UserError(f"{path} is not of a run of tclip")
     return content
 
@@ -68,7 +68,12 @@ def load_student(path):
 
     path: of model.pt, or of the run's folder. UserError: it is no model.pt.
     """
-    model = load(model_file(path), "arch", "size", "classes", "student")
-    student = tclip.Student(model["arch"], len(model["classes"]), model["size"])
+    model = load_model(path)
+    student = build(model["arch"], len(model["classes"]), model["size"])
     student.load_state_dict(model["student"])
     return student.eval(), model["classes"]
+
+
+def load_model(path):
+    """What a model.pt holds, a dict. UserError: it is none."""
+    return load(model_file(path), "arch", "size", "classes", "student", optional=["familiarity"])

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import tclip
 from tclip import UserError, setting
-from tclip_app import answers, images
+from tclip_app import answers, familiarity, images, networks
 from tclip_app.files import check_folder, load, run_folder, write_whole
 from tclip_app.names import class_numbers
 
@@ -25,17 +26,68 @@ class Settings(tclip.Config):
     classes: str = setting(None, "names of the classes: separated by commas, or a text file with one a line")
     templates: str = setting(None, 'prompt with {} for the class, or a file of prompts ["a photo of a {}.", and "the"]')
     pseudo_labels: str = setting(None, "another teacher's answers: .csv (file,label[,confidence]) or .npz, see README")
+    labels: str = setting(None, "labels that are right, of some images: csv file (file,label), or the word folders")
     truth: str = setting(None, "csv file (file,label), or the word folders; for evaluation alone")
     strict: bool = setting(False, "stop at the first file that is no readable image")
     memory: float = setting(8.0, "gigabytes of pixels that are held in memory; more lie in a file", (0, 1e6))
     size: int = setting(None, "side of the student's images, in pixels [32, 64, 96 or 128, by theirs]", (8, 1024))
+    arch: str = setting("resnet18", "student: resnet8, a resnet of torchvision, or timm:NAME, any network of timm")
+    pretrained: bool = setting(False, "the student begins with timm's weights, which are downloaded, not from scratch")
     out: str = setting(None, "folder of the results [runs/FOLDER, or the next free runs/FOLDER-2, ...]")
 
 
 ALL = {f.name: f for f in fields(Settings)}
-OWN = [ALL[name] for name in ("classes", "templates", "pseudo_labels", "truth", "size", "strict", "memory")]
+OWN = [ALL[name] for name in ("classes", "templates", "pseudo_labels", "labels", "truth", "size", "strict", "memory")]
 METHOD = [f for f in ALL.values() if f not in OWN and f.name not in ("dataset", "root")]
-PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "truth"}  # that say where, not what
+PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "labels", "truth"}  # that say where, not what
+
+
+def run(config, resumed):
+    """A whole run on a folder of images. Returns the summary, a dict, of the first process."""
+    classes, read_images = config.classes.split("\n"), []
+    pretrained = config.pretrained and not (resumed and Path(config.out, "checkpoint.pt").exists())
+    torch.manual_seed(config.seed)
+    student = networks.build(config.arch, len(classes), config.size, pretrained)  # what is wrong is told before reading
+
+    def read_once(config):
+        read_images.append(read(config)[0])
+        return read_images[0], None, classes
+
+    def learn(*tables):
+        labels = partial(TrustedLabels, trusted=read_images[0].trusted)
+        return tclip.train(*tables, student=student, labels=labels)
+
+    if summary := tclip.run(config, read_once, resumed, learn):
+        familiarity.add_to_run(Path(summary["out"]), student, read_images[0].pixels)
+    return summary
+
+
+@dataclass
+class Images(tclip.Images):
+    """The images of a folder."""
+
+    trusted: torch.Tensor = None  # int64 (N,), labels that training may know to be right; -1 where there is none
+
+
+class TrustedLabels(tclip.EnsembleLabels):
+    """EnsembleLabels of which some are known to be right: they stay, and are what is said of these images.
+
+    trusted: int64 (N,), class numbers, -1 for images whose class is not known.
+    """
+
+    def __init__(self, probs, *settings, trusted):
+        self.trusted = trusted.to(probs.device)
+        super().__init__(self.corrected(probs, slice(None)), *settings)
+
+    def corrected(self, labels, index):
+        """The labels (B, C) of the images `index`, with those that are known in place."""
+        known = self.trusted[index, None]  # (B, 1)
+        return torch.where(known < 0, labels, F.one_hot(known[:, 0].clamp_min(0), labels.shape[1]).to(labels))
+
+    def update(self, index, said, places):
+        near = super().update(index, self.corrected(said, index), places)
+        self.table[index] = self.corrected(self.table[index], index).clamp_min(1e-6)
+        return near
 
 
 def begin(given):
@@ -113,7 +165,7 @@ def resume(run, given):
 
 def absolute(given):
     """The settings with whole paths: a run can go on from another folder."""
-    places = [name for name in ("root", "pseudo_labels", "truth") if given.get(name) not in (None, "folders")]
+    places = [name for name in ("root", "pseudo_labels", "labels", "truth") if given.get(name) not in (None, "folders")]
     return given | {name: os.path.abspath(given[name]) for name in places}
 
 
@@ -139,12 +191,13 @@ def read(config):
         probs = tclip.zero_shot_probs(rows, prompts, clip.temperature)
     answers.tell_unsaid(probs, classes)
     truth = answers.read_truth(config.truth, names, classes)
+    trusted = answers.read_truth(config.labels, names, classes, "--labels")
     if world > 1:
-        tables = dict(probs=probs, truth=truth) | (dict() if rows is None else dict(features=rows))
+        tables = dict(probs=probs, truth=truth, trusted=trusted) | (dict() if rows is None else dict(features=rows))
         shared = out / "shared.npz"
         atexit.register(shared.unlink, missing_ok=True)
         write_whole(shared, lambda draft: np.savez(draft, **tables))
-    return tclip.Images(names, pixels, truth, probs, rows), None, classes
+    return Images(names, pixels, truth, probs, rows, trusted), None, classes
 
 
 def whole_texts(clip, classes, prompts):
@@ -182,4 +235,4 @@ def taken_over(config):
     names = json.loads((out / "images.json").read_text(encoding="utf-8"))
     with np.load(out / "shared.npz", allow_pickle=False) as tables:
         tables = {name: torch.from_numpy(table) for name, table in tables.items()}
-    return tclip.Images(names, images.map_pixels(out, (len(names), 3, config.size, config.size)), **tables)
+    return Images(names, images.map_pixels(out, (len(names), 3, config.size, config.size)), **tables)

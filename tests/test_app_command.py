@@ -49,7 +49,9 @@ def given(tmp_path_factory):
     said = [dict(label=COLOURS[c], confidence=p) for p, c in zip(*(x.tolist() for x in probs.max(1)))]
     tclip.write_csv(root / "teacher.csv", [dict(file=f"{i:02d}.png") | row for i, row in enumerate(said)])
     tclip.write_csv(root / "truth.csv", [dict(file=f"{i:02d}.png", label=COLOURS[i % 3]) for i in range(60)])
+    tclip.write_csv(root / "known.csv", [dict(file=f"{i:02d}.png", label=COLOURS[(i + 1) % 3]) for i in (4, 9)])
     files = ["train", root / "photos", "--pseudo-labels", root / "teacher.csv", "--truth", root / "truth.csv"]
+    files += ["--labels", root / "known.csv"]  # which are wrong: only who trusts them says so
     how = "--classes red,green,blue --class-prior 0.3,0.3,0.4 --size 8 --arch resnet8 --epochs 4 --batch-size 16"
     return [*files, *how.split(), *"--label-neighbours 5 --device cpu --views writing".split()]
 
@@ -111,7 +113,8 @@ def test_predictions(whole, given, tmp_path, monkeypatch, nursery):
     child = nursery.tclip("predict", given[1], "--model", whole / "model.pt", cwd=tmp_path, before=code)
     assert child.wait() == 0 and "1 of 61 files" in child.output, child.output
     rows = rows_of(tmp_path / "runs/predict-photos/predictions.csv")
-    assert list(rows[0]) == ["file", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3"]
+    columns = ["file", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3", "familiar"]
+    assert list(rows[0]) == columns
     student, classes = load_student(whole / "model.pt")
     pixels = torch.stack([tclip.square(Image.open(given[1] / row["file"]), 8) for row in rows])
     for row, probs in zip(rows, student(pixels.float() / 255)[0].softmax(1)):
@@ -123,6 +126,16 @@ def test_predictions(whole, given, tmp_path, monkeypatch, nursery):
         call("predict", given[1] / "05.png", "--model", whole / "model.pt", "--device", "cpu")
         (row,) = rows_of(tmp_path / "runs" / folder / "predictions.csv")
         assert row in rows and row["file"] == "05.png"
+
+
+def test_known_labels(whole):
+    """What is known stays, whatever teacher and truth say; other labels may move."""
+    rows = {row["file"]: row for row in rows_of(whole / "labels.csv")}
+    known = {"04.png": "blue", "09.png": "green"}
+    assert all(rows[name]["label"] == label and float(rows[name]["confidence"]) > 0.99 for name, label in known.items())
+    assert all(rows[name]["teacher_label"] != label != rows[name]["truth"] for name, label in known.items())
+    right = [row["label"] == row["truth"] for name, row in rows.items() if name not in known]
+    assert np.mean(right) > 0.9
 
 
 CUT = """
@@ -192,16 +205,16 @@ def test_damaged_run(name, change, word, whole, tmp_path):
 def test_moved(given, whole, tmp_path, monkeypatch):
     """Images, run and truth may lie elsewhere when a run goes on; its report then finds them there."""
     monkeypatch.chdir(tmp_path)
-    for path in (given[1], given[3], given[5]):
+    for path in (given[1], given[3], given[5], given[7]):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / f"moved {path.name}")
     shutil.copytree(whole, "elsewhere")
-    gone = dict(root="/gone", truth="/gone", pseudo_labels="/gone")
+    gone = dict(root="/gone", truth="/gone", pseudo_labels="/gone", labels="/gone")
     config = json.loads((whole / "config.json").read_text()) | gone
     (tmp_path / "elsewhere/config.json").write_text(json.dumps(config))
     os.remove("elsewhere/labels.csv")
     with pytest.raises(tclip.UserError, match="gone"):
         call("train", "--resume", "elsewhere")
-    places = ("--truth", "moved truth.csv", "--pseudo-labels", "moved teacher.csv")
+    places = "--truth", "moved truth.csv", "--pseudo-labels", "moved teacher.csv", "--labels", "moved known.csv"
     call("train", "moved photos", "--resume", "elsewhere", *places)
     same_results(tmp_path / "elsewhere", whole)
     assert json.loads((tmp_path / "elsewhere/config.json").read_text())["root"] == str(tmp_path / "moved photos")
@@ -267,6 +280,9 @@ def test_bugs_keep_their_traceback(given, nursery, tmp_path):
           for s in ("clip ViT-B/32", "templates {}", "cache x")),
         ("train photos --classes a,b --label-momentum 1 --label-neighbours 3", "--label-neighbours has no effect"),
         ("train photos --classes a,b --c3l-weight 0 --temperature 1", "--temperature has no effect"),
+        ("train photos --pseudo-labels a.csv --labels none.csv", "none.csv"),
+        ("train photos --pseudo-labels a.csv --labels other.csv", "--labels .*other.csv tells nothing of the 1 files"),
+        ("train photos --pseudo-labels a.csv --labels mule.csv", "mule.csv: 'mule' is not among the classes a, b"),
         ("train lines --pseudo-labels a.csv --arch resnet8 --strict", "cannot read new line.png"),
     ],
 )  # fmt: skip
@@ -279,6 +295,8 @@ def test_mistakes(arguments, word, tmp_path, monkeypatch):
     for name in ("texts/1.png", "lines/new\nline.png"):
         (tmp_path / name).write_text("text")
     (tmp_path / "a.csv").write_text("file,label\n1.png,a\n2.png,b\n")
+    (tmp_path / "other.csv").write_text("file,label\n3.png,a\n")
+    (tmp_path / "mule.csv").write_text("file,label\n1.png,mule\n")
     with pytest.raises(tclip.UserError, match=f"(?i){word}") as error:
         call(*arguments.split(" "))
     assert "\n" not in str(error.value)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tclip import EnsembleLabels, bayes_rule, nearest, verdict, with_shares
+from tclip_app.train import TrustedLabels
 
 SMOOTHING = inspect.signature(bayes_rule).parameters["smoothing"].default
 N, CLASSES, SHARES = 60, 4, (0.4, 0.3, 0.2, 0.1)
@@ -182,3 +183,20 @@ def test_state():
             each.end_epoch()
         assert not labels.table.requires_grad and all(map(torch.equal, labels.buffers(), resumed.buffers()))
     assert torch.equal(fixed.table, answers_of().half()) and not torch.equal(labels.table, fixed.table)
+
+
+@pytest.mark.parametrize("prior", [None, SHARES])
+def test_trusted(prior):
+    """Labels that are known stay, from CLIP's features and from the student's, whatever is said of their images; among
+    the neighbours of others they count as what is said."""
+    trusted = torch.where(EVERY % 7 == 0, (TRUTH + 1) % CLASSES, -1)
+    known, right = trusted >= 0, F.one_hot(trusted.clamp_min(0), CLASSES).float()
+    answers, said = (torch.where(known[:, None], right, answers_of(seed=seed)) for seed in (0, 1))
+    how = 0.5, 5, None if prior is None else torch.tensor(prior)
+    labels = TrustedLabels(answers_of(), None, *how, trusted=trusted), EnsembleLabels(answers, None, *how)
+    for table, predictions in zip(labels, (answers_of(seed=1), said)):
+        table.record(EVERY, predictions, places_of())
+        table.end_epoch()
+    assert torch.equal(labels[0].table[~known], labels[1].table[~known])
+    for table in (labels[0], TrustedLabels(answers_of(), places_of(), *how, trusted=trusted)):
+        torch.testing.assert_close(table.targets(EVERY)[known], right[known], rtol=0, atol=1e-3)

@@ -4,6 +4,7 @@ import io
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -17,8 +18,10 @@ import tclip
 
 sys.path.insert(0, str(ROOT / "tutorials/benchmark"))
 import annotator  # noqa: E402
+import few_labels  # noqa: E402
 import run  # noqa: E402
 import suites  # noqa: E402
+import unknown  # noqa: E402
 import whurs19  # noqa: E402
 
 CIFAR10 = tclip.DATASETS["cifar10"]["classes"]
@@ -259,3 +262,43 @@ def test_whurs19(reference, tmp_path, capsys):
     of = {name: [float(x) for x in cells] for _, name, *cells, _ in (map(str.strip, line.split("|")) for line in lines)}
     assert all(ours > teacher + 2 for ours, teacher in zip(of["tclip's labels"], of["zero-shot"]))
     assert of["EM of Gaussians"][0] > of["zero-shot"][0] + 10 and of["balance"][2] < of["zero-shot"][2]
+
+
+def test_left_out(root):
+    """Two classes are gone from names, unlabeled images and answers, whose other columns keep their proportions; their
+    held-out images are what is unknown."""
+    whole = task(root, "eurosat-gpt4v")
+    part, names, others = unknown.left_out(whole, seed=1)
+    assert sorted(part.classes + names) == whole.classes and len(names) == 2
+    for images, every in ((part.unlabeled, whole.unlabeled), (part.heldout, whole.heldout)):
+        assert images.names == [name for name in every.names if name.split("/")[0] not in names]
+        assert [part.classes[c] for c in images.truth] == [name.split("/")[0] for name in images.names]
+    rows = [whole.unlabeled.names.index(name) for name in part.unlabeled.names]
+    probs = whole.unlabeled.probs[rows][:, [whole.classes.index(name) for name in part.classes]]
+    torch.testing.assert_close(part.unlabeled.probs, F.normalize(probs, p=1, dim=1), rtol=0, atol=1e-4)
+    assert len(others) == sum(name.split("/")[0] in names for name in whole.heldout.names) > 0
+
+
+@pytest.mark.parametrize("study, rows", [(unknown, 3), (few_labels, 3)], ids=["unknown", "few_labels"])
+def test_studies(study, rows, tmp_path, monkeypatch, capsys):
+    """One command trains, writes its rows and prints them in a table; given again it prints the same, and trains
+    nothing."""
+    monkeypatch.setattr(few_labels, "COUNTS", (0, 1))
+    monkeypatch.setitem(suites.SUITES, "digits", replace(suites.SUITES["digits"], images=200))
+    arguments = ["--suites", "digits", "--seeds", "1", "--epochs", "1", "--results", str(tmp_path)]
+    study.main(arguments)
+    printed, written = capsys.readouterr().out, rows_of(next(tmp_path.glob("*.csv")))
+    assert len(written) == rows and printed.count("\n") >= rows + 2
+    if study is unknown:
+        assert {row["unknown"]: float(row["familiarity"]) > 0.8 for row in written}["noise"]
+    monkeypatch.setattr(tclip, "train", None)
+    study.main(arguments)
+    assert capsys.readouterr().out == printed
+
+
+def test_drawn():
+    """So many of each class, of each seed others."""
+    truth = torch.arange(90) % 9
+    rows = few_labels.drawn(truth, 3, seed=0)
+    assert truth[rows].bincount().tolist() == [3] * 9 and len(rows.unique()) == 27
+    assert set(rows.tolist()) != set(few_labels.drawn(truth, 3, seed=1).tolist())
