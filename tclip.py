@@ -500,7 +500,7 @@ DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)
         source=lambda root, train: handwritten_digits(train),
         templates=['a photo of the number: "{}".', "a photo of the digit {}.", "the handwritten digit {}."],
         classes=["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-        settings=dict(size=16, arch="resnet8", views="writing", clip="offline", class_prior="uniform"),
+        settings=dict(size=16, arch="resnet8", views="writing", clip="offline"),
     ),
     "cifar10": dict(
         source=lambda root, train: torchvision.datasets.CIFAR10(root, train, download=True),
