@@ -117,7 +117,6 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
 
     but v_ii+ = 1, and in the term of a positive j its own v_ij = 1: each term is a logarithm of a share. Where no image
     shares a class it is SimCLR's loss (Chen et al. 2020).
-
     z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
     gradient. Returns a float32 scalar, finite whatever the classes.
     """
@@ -161,7 +160,6 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
 
 def verdict(answers, near):
     """The exponents (a, s) of bayes_rule(), after a trial in which the labels stood without the teacher's word (a = 0).
-
     foretold: how often the neighbourhoods' first choice (N, C) is the teacher's, over its mean confidence; the less it
     is, the less the embedding knows: s = 1.5 (foretold / 0.9)^4, at most 1.5. conceded: the probability that its
     answers (N, C) give to their choice, over the same. From 0.81 on its word is not missed: a = 0; else a = 1. (The
@@ -184,7 +182,6 @@ def with_shares(probs, shares, iterations=100):
 
 class EnsembleLabels(torch.nn.Module):
     """Pseudo-labels T that follow an embedding by Bayes' rule: T <- m T + (1 - m) q, see bayes_rule().
-
     Before training the embedding is CLIP's, where it gives features (N, D), and what is said of an image is its label,
     in 20 rounds, whose outcome takes the place of the teacher's answers; after each epoch, the student's, and its mean
     prediction over the views that it saw. The first 5 rounds, and again the first `trial` epochs, run without the
@@ -243,6 +240,11 @@ class EnsembleLabels(torch.nn.Module):
                 self.exponents[0] = torch.maximum(self.exponents[0], trust)
                 self.exponents[1] = sharpness if self.trial == 0 else self.exponents[1]
         self.predictions, self.embeddings = torch.zeros_like(self.table), None
+
+    def final(self, predictions):
+        """Mean of labels and the trained student's predictions, (N, C), as far as s lets these count: a run's best."""
+        share = self.exponents[1] / 1.5 if self.momentum < 1 else 0
+        return torch.lerp(self.targets(slice(None)), predictions.to(self.table.device), share / (1 + share))
 
 
 # ==== Augmentation: on the device, each image with a draw of its own (torchvision's transforms draw once a batch) =====
@@ -338,7 +340,6 @@ def resnet8(size):
 # Under torchrun each process has all images and labels, and takes its share of each batch.
 def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None, student=None, labels=None):
     """Train a student on unlabeled images and what a teacher says of them: (student, labels). No truth comes here.
-
     pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's. features: its unit image features (N, D), or None.
     out: folder (Path) for metrics.csv and checkpoint.pt, written after each epoch; from a checkpoint there training
     goes on, on a CPU to the bit as if it had never stopped. objective, student, labels: in place of tclip_objective(),
@@ -674,8 +675,8 @@ def claim_folder(config):
 def write_results(config, unlabeled, heldout, classes, student, labels, started):
     """labels.csv, model.pt, summary.json and, where truth is known, noise.png. Returns the summary, a dict."""
     out, truth = Path(config.out), unlabeled.truth
-    said = dict(teacher=unlabeled.probs, label=labels.targets(slice(None)).cpu())
-    said["student"] = predict(student, unlabeled.pixels)
+    said = dict(teacher=unlabeled.probs, student=predict(student, unlabeled.pixels))
+    said["label"] = labels.final(said["student"]).cpu()
     scores = {f"unlabeled_{who}": score(probs, truth) for who, probs in said.items()}
     if heldout:
         scores["heldout_teacher"] = score(heldout.probs, heldout.truth)

@@ -39,7 +39,7 @@ class Settings(tclip.Config):
 ALL = {f.name: f for f in fields(Settings)}
 OWN = [ALL[name] for name in ("classes", "templates", "pseudo_labels", "labels", "truth", "size", "strict", "memory")]
 METHOD = [f for f in ALL.values() if f not in OWN and f.name not in ("dataset", "root")]
-PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "truth"}  # that say where, not what
+PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "labels", "truth"}  # that say where, not what
 
 
 def run(config, resumed):
@@ -78,6 +78,7 @@ class TrustedLabels(tclip.EnsembleLabels):
     def __init__(self, probs, *settings, trusted):
         self.trusted = trusted.to(probs.device)
         super().__init__(self.corrected(probs, slice(None)), *settings)
+        self.register_buffer("trusted", self.__dict__.pop("trusted"))  # a run that goes on knows what it knew
         for labels in (self.answers, self.table):  # known shares of the classes have moved them
             labels.copy_(self.corrected(labels, slice(None)).clamp_min(1e-6))
 
@@ -90,6 +91,9 @@ class TrustedLabels(tclip.EnsembleLabels):
         near = super().update(index, self.corrected(said, index), places)
         self.table[index] = self.corrected(self.table[index], index).clamp_min(1e-6)
         return near
+
+    def final(self, predictions):
+        return self.corrected(super().final(predictions), slice(None))
 
 
 def begin(given):

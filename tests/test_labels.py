@@ -193,7 +193,8 @@ def test_teachers(kind, prior):
 
 
 def test_state():
-    """Saved labels go on as those that were not. At momentum 1 nothing is recorded, and nothing changes."""
+    """Saved labels go on as those that were not. The final ones are their mean with the predictions. At momentum 1
+    nothing is recorded, and nothing changes."""
     labels, fixed = (EnsembleLabels(answers_of(), places_of(), momentum) for momentum in (0.5, 1))
     for seed in (1, 2):
         resumed = EnsembleLabels(answers_of(seed=5), places_of(seed=5))
@@ -202,6 +203,11 @@ def test_state():
             each.record(EVERY, answers_of(seed=seed).requires_grad_(), places_of(seed=seed).requires_grad_())
             assert each is not fixed or (each.embeddings is None and each.predictions.count_nonzero() == 0)
             each.end_epoch()
+            predictions = answers_of(seed=9)
+            share = 0 if each is fixed else each.exponents[1] / 1.5
+            mean = (each.targets(EVERY) + share * predictions) / (1 + share)
+            torch.testing.assert_close(each.final(predictions), mean)
+        assert torch.equal(fixed.final(predictions), fixed.targets(EVERY))
         assert not labels.table.requires_grad and all(map(torch.equal, labels.buffers(), resumed.buffers()))
     assert torch.equal(fixed.table, answers_of().half()) and not torch.equal(labels.table, fixed.table)
 
@@ -219,5 +225,7 @@ def test_trusted(prior):
         table.record(EVERY, predictions, places_of())
         table.end_epoch()
     assert torch.equal(labels[0].table[~known], labels[1].table[~known])
-    for table in (labels[0], TrustedLabels(answers_of(), places_of(), *how, trusted=trusted)):
-        torch.testing.assert_close(table.targets(EVERY)[known], right[known], rtol=0, atol=1e-3)
+    fixed = TrustedLabels(answers_of(), None, 1, *how[1:], trusted=trusted)
+    for table in (labels[0], fixed, TrustedLabels(answers_of(), places_of(), *how, trusted=trusted)):
+        for end in (table.targets(EVERY), table.final(said.roll(1, 1))):
+            torch.testing.assert_close(end[known], right[known], rtol=0, atol=1e-3)
