@@ -1,6 +1,7 @@
 """The benchmark's suites, on tiny files laid out as the real ones; its command; and the labels of WHU-RS19."""
 
 import io
+import json
 import sys
 import tarfile
 import zipfile
@@ -202,6 +203,17 @@ def test_command(tiny_suite, tmp_path, capsys, monkeypatch):
     assert done == [("GCE", 1), ("GCE", 0)] and "| tclip |" not in capsys.readouterr().out.split("somebody")[-1]
 
 
+def test_class_prior(tiny_suite, tmp_path, monkeypatch):
+    """Where it is asked for a method is told how many images each class has; such rows have a file of their own."""
+    told, train = [], tclip.train
+    monkeypatch.setattr(tclip, "train", lambda config, *rest: told.append(config.class_prior) or train(config, *rest))
+    for prior in ("right", "none"):
+        command(tmp_path, "--methods", "tclip", "--seeds", "2", "--class-prior", prior)
+    assert told == ["7,7,6", "7,7,6", "none", "none"]
+    priors = [json.loads(row["settings"])["class_prior"] for row in rows_of(tmp_path / "digits-right-1-epochs.csv")]
+    assert priors == ["right", "right"] and (tmp_path / "digits-1-epochs.csv").exists()
+
+
 def test_row(tiny_suite):
     """The figures of a row are those of the student, the labels and the teacher, counted by hand."""
     config, images = settings(epochs=1), (t := run.load("digits", settings(), None)).unlabeled
@@ -221,6 +233,30 @@ def test_table():
     rows = [row | dict(seed=i, unlabeled=u, heldout=0.25) for i, u in enumerate((0.5, 0.6, 0.7))]
     lines = run.table(run.summarise(rows)).splitlines()
     assert lines[2:] == ["| teacher: t | 50.0 |  |  |  |  |  |", "| m | 60.0 ± 10.0 | 25.0 | 0.0 |  | 2 | 3 |"]
+
+
+def test_expectations(tiny_suite, tmp_path, capsys):
+    """Estimates against what came true, by hand; of rows that have one, also beside older ones that have none."""
+    with pytest.raises(tclip.UserError, match="no results"):
+        command(tmp_path, "--expected")
+    command(tmp_path, "--methods", "tclip", "--seeds", "1")
+    row = rows_of(path := tmp_path / "digits-1-epochs.csv")[0]
+    config, images = settings(epochs=1), (t := run.load("digits", settings(), None)).unlabeled
+    student, labels = run.ALL_METHODS["tclip"].run(config, images)
+    expected = run.outlook.expected_accuracy(images.probs, labels, tclip.predict(student, images.pixels))
+    assert run.one_run("digits", "tclip", config, t)["expected"] == expected
+    old = {name: value for name, value in row.items() if name != "expected"}
+    rows = [row | dict(expected=e, unlabeled=u) for e, u in (("0.5", "0.6"), ("0.9", "0.6"))]
+    tclip.write_csv(path, [old])
+    command(tmp_path, "--methods", "tclip", "--seeds", "2")
+    assert [bool(row["expected"]) for row in rows_of(path)] == [False, True]
+    tclip.write_csv(path, rows)
+    tclip.write_csv(tmp_path / "other.csv", [dict(suite="whurs19", labels=1)])
+    capsys.readouterr()
+    command(tmp_path, "--expected")
+    *_, line, _, last = capsys.readouterr().out.splitlines()
+    assert line == "| digits-1-epochs, tclip | 70.0 | 60.0 | 20.0 | 2 |"
+    assert last == "tclip: 20.0 points off in the mean of 1 files, 30.0 at worst."
 
 
 @pytest.mark.parametrize("options", ["--methods nonsense", "--seeds 0", "--images 0", "--epochs -1"])
