@@ -91,9 +91,7 @@ class Config:
 # ==== Pseudo-labels: CLIP names every image once ======================================================================
 def text_classifier(encode_texts, classes, templates):
     """Zero-shot weights, unit rows (C, D): per class the mean of its prompts' embeddings (Radford et al. 2021, 3.1.4).
-
-    encode_texts: list of B strings -> unit rows (B, D). templates: prompts in which "{}" stands for the class name.
-    """
+    encode_texts: list of B strings -> unit rows (B, D). templates: prompts in which "{}" stands for the class name."""
     rows = [encode_texts([t.replace("{}", name) for t in templates]).mean(0) for name in classes]
     return F.normalize(torch.stack(rows), dim=1)
 
@@ -154,8 +152,8 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
 
         q_ic ~ (pi_c T0_ic / mean_j T0_jc)^a (n_ic / pi_c + smoothing)^s,    a: trust, s: sharpness
 
-    answers: T0, the teacher's (N, C); over its mean, how much likelier this word is where c is true. near: n, the mean
-    of what is said of the neighbours (N, C). mass: pi, that of all images (C,); n / pi is how much denser c is there.
+    answers: T0, the teacher's (N, C); over its mean, how much more than usual it says c here. near: n, the mean of
+    what is said of the neighbours (N, C). mass: pi, that of all images (C,); n / pi is how much denser c is there.
     """
     density = (near + smoothing * mass) / mass
     return (trust * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
@@ -164,14 +162,15 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
 def verdict(answers, near):
     """The exponents (a, s) of bayes_rule(), after a trial in which the labels stood without the teacher's word (a = 0).
 
-    foretold: how often the neighbourhoods (N, C) choose what the teacher says, as a share of its mean confidence: what
-    the embedding knows, so s = 1.5 (foretold / 0.9)^4, at most 1.5. conceded: the probability that the answers (N, C)
-    give to those choices, as such a share. From 0.81 on the teacher's word is not missed, and a stays 0: where it errs
-    for whole classes it would hold the labels back. Otherwise a = 1.
+    foretold: how often the neighbourhoods' first choice (N, C) is the teacher's, over its mean confidence; the less it
+    is, the less the embedding knows: s = 1.5 (foretold / 0.9)^4, at most 1.5. conceded: the probability that its
+    answers (N, C) give to their choice, over the same. From 0.81 on its word is not missed: a = 0; else a = 1. (The
+    constants were found by trial.) Answers that are even are none.
     """
-    (claim, word), choice = answers.max(1), near.argmax(1, keepdim=True)  # (N,), (N,), (N, 1)
-    foretold = (choice[:, 0] == word).float().mean() / claim.mean()
-    conceded = answers.gather(1, choice).mean() / claim.mean()
+    told = answers.amax(1) > answers.amin(1)
+    claim, choice = answers[told].amax(1), near[told].argmax(1, keepdim=True)  # (M,), (M, 1)
+    said = answers[told].gather(1, choice)[:, 0]  # (M,), what the teacher gives to the neighbourhood's choice
+    foretold, conceded = (said == claim).float().mean() / claim.mean(), said.mean() / claim.mean()
     return torch.stack([(conceded < 0.81).float(), 1.5 * (foretold / 0.9).clamp(max=1) ** 4])
 
 
@@ -187,20 +186,20 @@ class EnsembleLabels(torch.nn.Module):
     """Pseudo-labels T that follow an embedding by Bayes' rule: T <- m T + (1 - m) q, see bayes_rule().
 
     Before training the embedding is CLIP's, where it gives features (N, D), and what is said of an image is its label,
-    in 20 rounds; after each epoch, the student's, and its mean prediction over the views that it saw. In each embedding
-    the first rounds are a trial of the exponents, see verdict(): 5, and `trial` epochs. probs: the teacher's answers
-    (N, C). class_prior: the classes' shares (C,), of any sum, if known. `table` is T, float16 (N, C). Of the paper only
-    that there are ensemble labels is known; the rule is ours.
+    in 20 rounds, whose outcome takes the place of the teacher's answers; after each epoch, the student's, and its mean
+    prediction over the views that it saw. The first 5 rounds, and again the first `trial` epochs, run without the
+    teacher's word; then verdict() sets the exponents, with features s alone. probs: its answers (N, C). class_prior:
+    the classes' shares (C,), if known. `table` is T, float16 (N, C). The rule is ours, not known from the paper.
     """
 
     def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None, trial=5):
         super().__init__()
-        self.momentum, self.neighbours, self.class_prior, self.trial = momentum, neighbours, class_prior, trial
+        self.momentum, self.neighbours, self.class_prior = momentum, neighbours, class_prior
         answers = probs.float().clamp_min(1e-6)
         self.register_buffer("answers", (answers if class_prior is None else with_shares(answers, class_prior)).half())
         self.register_buffer("table", self.answers.clone())
         self.register_buffer("exponents", torch.tensor([0, 1.5], device=probs.device))
-        self.register_buffer("age", torch.zeros((), dtype=torch.int64, device=probs.device))  # epochs that it followed
+        self.register_buffer("trial", torch.tensor(trial, device=probs.device))  # epochs of it that are left
         self.predictions, self.embeddings = torch.zeros_like(self.table), None  # sums over an epoch's views
         if features is not None and momentum < 1:
             places = nearest(F.normalize(features.float(), dim=1), neighbours)
@@ -208,7 +207,7 @@ class EnsembleLabels(torch.nn.Module):
                 near = self.update(slice(None), self.targets(slice(None)), places)
                 if step == 4:
                     self.exponents[:] = verdict(self.answers.float(), near)
-                    self.exponents[0] = 1  # that answers agree with the features they are made of proves nothing
+                    self.exponents[0] = 1  # CLIP's answers are made of these features: to agree proves nothing
             self.answers.copy_(self.table)  # from now on these are T0
             self.exponents[:] = torch.tensor([0, 1.5])
 
@@ -238,9 +237,11 @@ class EnsembleLabels(torch.nn.Module):
             seen = self.predictions.sum(1, dtype=torch.float32).nonzero()[:, 0]
             said = F.normalize(self.predictions[seen].float(), p=1, dim=1)
             near = self.update(seen, said, nearest(F.normalize(self.embeddings[seen], dim=1), self.neighbours))
-            self.age += 1
-            if self.age == self.trial:
-                self.exponents[:] = verdict(self.answers[seen].float(), near)
+            self.trial -= 1
+            if self.trial <= 0:  # later, too: where labels that stand alone wander off, the teacher's word is missed
+                trust, sharpness = verdict(self.answers[seen].float(), near)
+                self.exponents[0] = torch.maximum(self.exponents[0], trust)
+                self.exponents[1] = sharpness if self.trial == 0 else self.exponents[1]
         self.predictions, self.embeddings = torch.zeros_like(self.table), None
 
 
@@ -261,7 +262,6 @@ def augment(pixels, padding="reflection", views=1, **ranges):
 
 def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, jitter=0.0, gray=0.0, device="cpu"):
     """Random parameters of n views, a dict of float32 tensors (n,).
-
     width, height, left, top: a window in shares of the image's side, as torchvision's RandomResizedCrop draws it: its
     area from `area`, its width / height from `ratio`, anew until it lies within the image (not where `area` goes above
     1: the image may shrink in it). angle: degrees, counter-clockwise, within +-rotate. mirrored: 1, by chance `flip`.
@@ -298,7 +298,6 @@ def apply_views(pixels, draw, padding="reflection"):
 # ==== Student =========================================================================================================
 class Student(nn.Module):
     """The network that is trained: float (B, 3, S, S) in [0, 1] -> logits (B, C), unit embeddings (B, embedding_dim).
-
     arch: resnet8, or a resnet of torchvision, up to 64 px (`size`) with CIFAR's stem: 3x3, stride 1, and no max-pool.
     backbone: in their place another network, images (B, 3, S, S) about zero -> features (B, width), and its width.
     """
@@ -345,6 +344,8 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     goes on, on a CPU to the bit as if it had never stopped. objective, student, labels: in place of tclip_objective(),
     a new Student, the class EnsembleLabels. on_epoch: called after each epoch with its row, student and labels.
     """
+    if len(pixels) < 2:
+        raise UserError("one image is too few: labels follow its neighbours")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, objective = torch.device(config.device), objective or tclip_objective
     torch.manual_seed(config.seed)
@@ -394,12 +395,13 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
             bar.update()
         if not losses.isfinite().all():
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {config.lr}")
+        exponents = dict(zip(("trust", "sharpness"), labels.exponents.tolist()))
         labels.end_epoch()
         classification, contrastive = losses.tolist()
         changed = (labels.table.argmax(1) != probs.argmax(1)).float().mean().item()
         row = dict(epoch=epoch + 1, loss=classification + contrastive, classification=classification)
         row |= dict(contrastive=contrastive, labels_changed=changed, seconds=round(time.time() - started, 3))
-        history.append(row | dict(zip(("trust", "sharpness"), labels.exponents.tolist())))
+        history.append(row | exponents)
         bar.set_postfix_str(f"loss {classification + contrastive:.3f}, labels changed {changed:.1%}")
         if on_epoch:
             on_epoch(history[-1], student, labels)
@@ -500,7 +502,7 @@ DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)
         source=lambda root, train: handwritten_digits(train),
         templates=['a photo of the number: "{}".', "a photo of the digit {}.", "the handwritten digit {}."],
         classes=["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-        settings=dict(size=16, arch="resnet8", views="writing", clip="offline", class_prior="uniform"),
+        settings=dict(size=16, arch="resnet8", views="writing", clip="offline"),
     ),
     "cifar10": dict(
         source=lambda root, train: torchvision.datasets.CIFAR10(root, train, download=True),

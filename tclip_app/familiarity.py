@@ -20,7 +20,7 @@ class Familiarity(nn.Module):
 
     Features are the student's before its classifier, of length one (B, D). The less typical they are, the larger is
     their Mahalanobis distance to the mean of the class, with one covariance for all classes (Lee et al. 2018): shrunk
-    towards a multiple of the identity, which it is taken for beside its largest directions.
+    towards a multiple of the identity, and equal to one outside its 64 largest directions.
     """
 
     def __init__(self, classes, width):
@@ -49,7 +49,8 @@ class Familiarity(nn.Module):
     def estimate(self, features, given):
         """Means and covariance of these images, the latter as floor x (1 - directions' x directions)^-1."""
         members = F.one_hot(given, len(self.means)).float()  # (N, C)
-        self.means = members.T @ features / members.sum(0).clamp_min(1)[:, None]
+        counts = members.sum(0)[:, None]  # (C, 1)
+        self.means = torch.where(counts > 0, members.T @ features / counts.clamp_min(1), features.mean(0))
         beside = features - self.means[given]
         covariance = beside.T @ beside / max(len(beside), 1)  # (D, D)
         self.floor = SHRINKAGE * covariance.diagonal().mean().clamp_min(1e-6)

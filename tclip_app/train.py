@@ -43,7 +43,7 @@ class Settings(tclip.Config):
 ALL = {f.name: f for f in fields(Settings)}
 OWN = [ALL[name] for name in ("classes", "templates", "pseudo_labels", "labels", "truth", "size", "strict", "memory")]
 METHOD = [f for f in ALL.values() if f not in OWN and f.name not in ("dataset", "root")]
-PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "labels", "truth"}  # that say where, not what
+PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "truth"}  # that say where, not what
 
 
 def run(config, resumed):
@@ -87,6 +87,8 @@ class TrustedLabels(tclip.EnsembleLabels):
     def __init__(self, probs, *settings, trusted):
         self.trusted = trusted.to(probs.device)
         super().__init__(self.corrected(probs, slice(None)), *settings)
+        for labels in (self.answers, self.table):  # known shares of the classes have moved them
+            labels.copy_(self.corrected(labels, slice(None)).clamp_min(1e-6))
 
     def corrected(self, labels, index):
         """The labels (B, C) of the images `index`, with those that are known in place."""
@@ -201,6 +203,7 @@ def read(config):
     answers.tell_unsaid(probs, classes)
     truth = answers.read_truth(config.truth, names, classes)
     trusted = answers.read_truth(config.labels, names, classes, "--labels")
+    truth[trusted >= 0] = -1  # what training knows is no matter of evaluation
     if world > 1:
         tables = dict(probs=probs, truth=truth, trusted=trusted) | (dict() if rows is None else dict(features=rows))
         shared = out / "shared.npz"
