@@ -18,9 +18,6 @@ from tclip_app import answers, familiarity, images, networks, outlook
 from tclip_app.files import check_folder, load, run_folder, write_whole
 from tclip_app.names import class_numbers
 
-TEACHERS = "teacher: a model of OpenAI, arch:tag or arch:FILE of open_clip, or offline; at the cost of ViT-B/32 "
-TEACHERS += "ViT-B-32:datacomp_xl_s13b_b90k is a better one"
-
 
 @dataclass
 class Settings(tclip.Config):
@@ -34,7 +31,9 @@ class Settings(tclip.Config):
     strict: bool = setting(False, "stop at the first file that is no readable image")
     memory: float = setting(8.0, "gigabytes of pixels that are held in memory; more lie in a file", (0, 1e6))
     size: int = setting(None, "side of the student's images, in pixels [32, 64, 96 or 128, by theirs]", (8, 1024))
-    clip: str = setting("ViT-B/32", TEACHERS)
+    clip: str = setting(
+        "ViT-B/32", "teacher: OpenAI's, offline, arch:tag or arch:FILE; better: ViT-B-32:datacomp_xl_s13b_b90k"
+    )
     arch: str = setting("resnet18", "student: resnet8, a resnet of torchvision, or timm:NAME, any network of timm")
     pretrained: bool = setting(False, "the student begins with timm's weights, which are downloaded, not from scratch")
     out: str = setting(None, "folder of the results [runs/FOLDER, or the next free runs/FOLDER-2, ...]")
