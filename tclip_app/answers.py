@@ -18,6 +18,7 @@ import tclip
 from tclip import UserError
 from tclip_app.images import tell
 from tclip_app.names import class_numbers, composed, distinct, plain
+from tclip_app.outlook import unsaid
 
 
 def listed(value, separator=None):
@@ -195,12 +196,8 @@ def match(names, files, probs, features=None):
 
 def tell_unsaid(probs, classes):
     """Tell which classes the teacher never says, in probs (N, C); even rows are undecided and do not count."""
-    said = probs[probs.max(1).values > probs.min(1).values].argmax(1).bincount(minlength=len(classes)).tolist()
-    never = [name for name, times in zip(classes, said) if not times]
-    if len(never) == len(classes) - 1:
-        tell(f"the teacher calls every image {classes[said.index(max(said))]}")
-    elif never:
-        tell(f"the teacher never says {', '.join(never[:5])}: {len(never)} of {len(classes)} classes")
+    if sentence := unsaid("the teacher", probs[probs.max(1).values > probs.min(1).values].argmax(1), classes):
+        tell(sentence)
 
 
 def read_truth(truth, names, classes, flag="--truth"):

@@ -97,8 +97,11 @@ def train_command(resume, **given):
     before, after = (summary[f"unlabeled_{who}_accuracy"] for who in ("teacher", "student"))
     if before is None:
         say(f"student and teacher agree on {summary['agreement']:.1%} of {summary['images']} images")
+        say(summary["outlook"])
     else:
         say(f"of the images whose class is known are right: teacher {before:.1%}, student {after:.1%}")
+    for warning in summary["warnings"]:
+        images.tell(f"look at the results with care: {warning}")
     say(f"{summary['seconds']:.0f} s on {summary['device']}; results in {summary['out']}, to look at: {page}")
 
 

@@ -81,9 +81,11 @@ def predict(student, pixels):
     return probs, torch.cat(rows)
 
 
-def add_to_run(run, student, pixels):
-    """Keep what is typical of a run's images in its model.pt, and add a column `familiar` to its labels.csv."""
-    probs, features = predict(student, pixels)
+def add_to_run(run, probs, features):
+    """Keep what is typical of a run's images in its model.pt, and add a column `familiar` to its labels.csv.
+
+    probs, features: of predict().
+    """
     familiarity, given = Familiarity(probs.shape[1], features.shape[1]), probs.argmax(1)
     distances = familiarity.fit(features, given)
     model = load_model(run / "model.pt") | dict(familiarity=familiarity.state_dict())

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import confusion_matrix
@@ -21,7 +22,7 @@ from torchvision.transforms import functional as TF
 
 import tclip
 from tclip import UserError
-from tclip_app import answers, images
+from tclip_app import answers, images, outlook
 from tclip_app.files import write_whole
 from tclip_app.page import arrow, count, data_uri, folded, percent, section, table, text
 
@@ -101,7 +102,7 @@ def headline(run):
     tiles = [("labels changed", percent(changed)), ("student’s mean confidence", percent(confidence))]
     if not run.known.any():
         title = f"Student and teacher agree on <b>{percent(summary['agreement'])}</b> of {count(total, 'image')}"
-        lead = NO_TRUTH
+        lead = f"{text(summary.get('outlook', ''), limit=400)} {NO_TRUTH}"
     else:
         before, after = (summary[f"unlabeled_{who}_accuracy"] for who in ("teacher", "student"))
         title = f"Teacher <b class=teacher>{percent(before)}</b> → student <b class=student>{percent(after)}</b> right"
@@ -113,10 +114,9 @@ def headline(run):
         heldout = [summary.get(f"heldout_{who}_accuracy") for who in ("teacher", "student")]
         if heldout[1] is not None:
             tiles.insert(0, ("held-out images", arrow(map(percent, heldout))))
-    unused = np.flatnonzero(np.bincount(run.student, minlength=len(run.classes)) == 0)
-    if len(unused):
-        names = ", ".join(map(run.name, unused[:5])) + ", …" * (len(unused) > 5)
-        lead += f" <strong>The student never says {names}</strong>: {len(unused)} of {len(run.classes)} classes."
+    numbers = (torch.from_numpy(said) for said in (run.teacher, run.label, run.student))
+    for warning in outlook.warnings(*numbers, run.classes):
+        lead += f" <strong><bdi>{text(warning, limit=400)}</bdi>.</strong>"
     facts = [text(config["dataset"]), count(total, "image"), count(len(run.classes), "class")]
     facts += [f"{count(len(run.skipped), 'file')} skipped"] * bool(run.skipped)
     facts += [f"teacher {text(Path(config.get('pseudo_labels') or config['clip']).name)}"]

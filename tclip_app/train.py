@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import tclip
 from tclip import UserError, setting
-from tclip_app import answers, familiarity, images, networks
+from tclip_app import answers, familiarity, images, networks, outlook
 from tclip_app.files import check_folder, load, run_folder, write_whole
 from tclip_app.names import class_numbers
 
@@ -31,6 +31,9 @@ class Settings(tclip.Config):
     strict: bool = setting(False, "stop at the first file that is no readable image")
     memory: float = setting(8.0, "gigabytes of pixels that are held in memory; more lie in a file", (0, 1e6))
     size: int = setting(None, "side of the student's images, in pixels [32, 64, 96 or 128, by theirs]", (8, 1024))
+    clip: str = setting(
+        "ViT-B/32", "teacher: OpenAI's, offline, arch:tag or arch:FILE; better: ViT-B-32:datacomp_xl_s13b_b90k"
+    )
     arch: str = setting("resnet18", "student: resnet8, a resnet of torchvision, or timm:NAME, any network of timm")
     pretrained: bool = setting(False, "the student begins with timm's weights, which are downloaded, not from scratch")
     out: str = setting(None, "folder of the results [runs/FOLDER, or the next free runs/FOLDER-2, ...]")
@@ -44,7 +47,7 @@ PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "labels", "truth
 
 def run(config, resumed):
     """A whole run on a folder of images. Returns the summary, a dict, of the first process."""
-    classes, read_images = config.classes.split("\n"), []
+    classes, read_images, learned = config.classes.split("\n"), [], []
     pretrained = config.pretrained and not (resumed and Path(config.out, "checkpoint.pt").exists())
     torch.manual_seed(config.seed)
     student = networks.build(config.arch, len(classes), config.size, pretrained)  # what is wrong is told before reading
@@ -55,10 +58,15 @@ def run(config, resumed):
 
     def learn(*tables):
         labels = partial(TrustedLabels, trusted=read_images[0].trusted)
-        return tclip.train(*tables, student=student, labels=labels)
+        learned[:] = tclip.train(*tables, student=student, labels=labels)
+        return learned
 
     if summary := tclip.run(config, read_once, resumed, learn):
-        familiarity.add_to_run(Path(summary["out"]), student, read_images[0].pixels)
+        out, labels = Path(summary["out"]), learned[1].targets(slice(None)).cpu()
+        probs, features = familiarity.predict(student, read_images[0].pixels)
+        familiarity.add_to_run(out, probs, features)
+        summary |= outlook.summary(read_images[0].probs, labels, probs, classes)
+        write_whole(out / "summary.json", partial(json.dump, summary, indent=1), "w")
     return summary
 
 

@@ -1,6 +1,7 @@
 """The benchmark's suites, on tiny files laid out as the real ones; its command; and the labels of WHU-RS19."""
 
 import io
+import json
 import sys
 import tarfile
 import zipfile
@@ -202,6 +203,17 @@ def test_command(tiny_suite, tmp_path, capsys, monkeypatch):
     assert done == [("GCE", 1), ("GCE", 0)] and "| tclip |" not in capsys.readouterr().out.split("somebody")[-1]
 
 
+def test_class_prior(tiny_suite, tmp_path, monkeypatch):
+    """Where it is asked for a method is told how many images each class has; such rows have a file of their own."""
+    told, train = [], tclip.train
+    monkeypatch.setattr(tclip, "train", lambda config, *rest: told.append(config.class_prior) or train(config, *rest))
+    for prior in ("right", "none"):
+        command(tmp_path, "--methods", "tclip", "--seeds", "2", "--class-prior", prior)
+    assert told == ["7,7,6", "7,7,6", "none", "none"]
+    priors = [json.loads(row["settings"])["class_prior"] for row in rows_of(tmp_path / "digits-right-1-epochs.csv")]
+    assert priors == ["right", "right"] and (tmp_path / "digits-1-epochs.csv").exists()
+
+
 def test_row(tiny_suite):
     """The figures of a row are those of the student, the labels and the teacher, counted by hand."""
     config, images = settings(epochs=1), (t := run.load("digits", settings(), None)).unlabeled
@@ -210,6 +222,7 @@ def test_row(tiny_suite):
     right = {name: (probs.argmax(1) == images.truth).float() for name, probs in said.items()}
     right["heldout"] = (tclip.predict(student, t.heldout.pixels).argmax(1) == t.heldout.truth).float()
     assert {name: row[name] for name in right} == pytest.approx({name: x.mean().item() for name, x in right.items()})
+    assert row["expected"] == run.outlook.expected_accuracy(images.probs, labels, said["unlabeled"])
     assert row["worst_class"] == pytest.approx(min(right["unlabeled"][images.truth == c].mean() for c in range(3)))
     ceiling = run.load("digits", settings(), 7, "truth").unlabeled
     assert row["teacher_heldout"] == "" and run.accuracy(ceiling.probs, ceiling.truth) == 1 and len(ceiling.names) == 7
@@ -221,6 +234,24 @@ def test_table():
     rows = [row | dict(seed=i, unlabeled=u, heldout=0.25) for i, u in enumerate((0.5, 0.6, 0.7))]
     lines = run.table(run.summarise(rows)).splitlines()
     assert lines[2:] == ["| teacher: t | 50.0 |  |  |  |  |  |", "| m | 60.0 ± 10.0 | 25.0 | 0.0 |  | 2 | 3 |"]
+
+
+def test_expectations(tiny_suite, tmp_path, capsys):
+    """Estimates against what came true, by hand; also beside rows of an older version, which have none."""
+    with pytest.raises(tclip.UserError, match="no results"):
+        command(tmp_path, "--expected")
+    command(tmp_path, "--methods", "tclip", "--seeds", "1")
+    row = rows_of(path := tmp_path / "digits-1-epochs.csv")[0]
+    tclip.write_csv(path, [{name: value for name, value in row.items() if name != "expected"}])
+    command(tmp_path, "--methods", "tclip", "--seeds", "2")
+    assert [bool(row["expected"]) for row in rows_of(path)] == [False, True]
+    tclip.write_csv(path, [row | dict(expected=expected, unlabeled=0.6) for expected in (0.5, 0.9)])
+    tclip.write_csv(tmp_path / "other.csv", [dict(suite="whurs19", labels=1)])
+    capsys.readouterr()
+    command(tmp_path, "--expected")
+    *_, line, _, last = capsys.readouterr().out.splitlines()
+    assert line == "| digits-1-epochs, tclip | 70.0 | 60.0 | 20.0 | 2 |"
+    assert last == "tclip: 20.0 points off in the mean of 1 files, 30.0 at worst."
 
 
 @pytest.mark.parametrize("options", ["--methods nonsense", "--seeds 0", "--images 0", "--epochs -1"])
