@@ -152,7 +152,7 @@ takeaway(
 # %% [markdown]
 # ## Which mistakes does it make?
 #
-# **In short:** some classes are nearly always called by one wrong name, whoever the teacher is.
+# **In short:** some classes are mostly called by a wrong name, whoever the teacher is.
 #
 # Left, how many images of each class CLIP names rightly. Right, how often it says each name, beside how often it
 # should.

@@ -247,7 +247,7 @@ def draw(suite, lines, file):
 def kept(path):
     """The rows at `path` that were made with the settings of the last one, in the order of the methods."""
     rows, order = read_rows(path), list(METHODS | STARTED | STUDY)
-    rows = [row for row in rows if row["digest"] == rows[-1]["digest"]]
+    rows = [row for row in rows if row["digest"] == rows[-1]["digest"] and row["method"] in order]
     return sorted(rows, key=lambda row: (order.index(row["method"]), int(row["seed"])))
 
 
@@ -299,7 +299,7 @@ def write_tables(results):
 
 
 def everything(root, results):
-    """What --all does. UserError: a file is missing, before anything is done."""
+    """All runs of PLAN that are missing, and tables.md. UserError: a file is missing, before anything is done."""
     total, unknown = 0, 0
     for command, given in zip(PLAN, planned(root, results)):
         if given.suite == "whurs19":
@@ -320,7 +320,6 @@ def everything(root, results):
     for command in PLAN:
         main([*shlex.split(command), "--root", str(root), "--results", str(results)])
     write_tables(results)
-    draw_tutorials()
 
 
 def draw_tutorials():
@@ -392,7 +391,8 @@ def main(argv=None):
     """The command line."""
     given = parse(argv)
     if given.all:
-        return everything(given.root, given.results)
+        everything(given.root, given.results)
+        return draw_tutorials()
     if given.suite == "whurs19":
         rows = list(whurs19.rows(given.root, chosen(given.methods or ",".join(whurs19.METHODS), whurs19.METHODS)))
         given.results.mkdir(exist_ok=True)
