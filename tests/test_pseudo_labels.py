@@ -1,5 +1,7 @@
 """Pseudo-labels: the zero-shot arithmetic on real features of OpenAI's CLIP, in numpy and against known accuracies."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_real_answers(reference, tmp_path, monkeypatch):
     """The small file that the tutorials read is what their script makes of the public ones, with its licence beside."""
     root = reference("whurs19_openai_clip_features.npz").parent
     reference("eurosat_gpt4v.csv")
-    monkeypatch.syspath_prepend(ROOT / "tutorials")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tutorials"), *sys.path])
     import real_answers
 
     kept = dict(np.load(ROOT / "tutorials/real_answers.npz"))

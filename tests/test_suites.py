@@ -221,8 +221,10 @@ def test_all(tiny_suite, tmp_path, capsys, monkeypatch):
     text = (tmp_path / "tables.md").read_text()
     assert "\n| digits-1-epochs | somebody | " in text and text.count("\n| GCE |") == 1
     assert text.count("\n## digits-") == 2 and text.count("\n| cross-entropy |") == 1
+    tclip.write_csv(path, [row | dict(unlabeled=1, digest="of other settings"), *rows_of(path)])  # does not count
     run.main(["--all", "--results", str(tmp_path)])
-    assert capsys.readouterr().out.count(": 0 runs to do, 0.0 hours") == 2 and len(rows_of(path)) == 4
+    assert capsys.readouterr().out.count(": 0 runs to do, 0.0 hours") == 2 and len(rows_of(path)) == 5
+    assert (tmp_path / "tables.md").read_text() == text
 
 
 def test_row(tiny_suite):
