@@ -66,13 +66,25 @@ def test_private():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_links(name):
-    """Links lead to files that exist, the badge to this very notebook, and names that are linked are tclip's."""
+    """Links lead to files that exist, names that are linked are tclip's, and no account stands for one to come."""
     text = "\n".join("".join(cell["source"]) for cell in cells(name, "markdown"))
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert "://" in target or (TUTORIALS / target).is_file(), target
-    assert f"/blob/main/tutorials/{name}.ipynb" in text
+    assert "OWNER" not in (TUTORIALS / f"{name}.ipynb").read_text(encoding="utf-8")
     for path in re.findall(r"\[`([\w.]+)`\]\(\.\./tclip\.py\)", text):
         attrgetter(path)(tclip)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_form(name):
+    """At most 25 cells; each section is a question with a short answer under it; two exercises, answers hidden."""
+    text = "\n".join("".join(cell["source"]) for cell in cells(name, "markdown"))
+    _, *sections, exercises = re.split(r"^## ", text, flags=re.MULTILINE)
+    assert len(cells(name, "code") + cells(name, "markdown")) <= 25
+    for section in sections:
+        assert re.match(r".+\?\n\n\*\*In short:\*\* [^\n]{10,120}[.]\n", section + "\n"), section
+    parts = re.findall(r"Exercises$|^\*\*\d\.\*\*|^<details><summary>", exercises, re.MULTILINE)
+    assert parts == ["Exercises", "**1.**", "<details><summary>", "**2.**", "<details><summary>"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,9 +1,12 @@
 """Pseudo-labels: the zero-shot arithmetic on real features of OpenAI's CLIP, in numpy and against known accuracies."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 from tclip import EnsembleLabels, text_classifier, zero_shot_probs
 
@@ -43,6 +46,22 @@ def test_real_features(model, reference):
         said = probs[kept], EnsembleLabels(probs[kept], images[kept]).table
         before, after = ((x.argmax(1) == truth[kept]).float().mean() for x in said)
         assert after > before + 0.02
+
+
+def test_real_answers(reference, tmp_path, monkeypatch):
+    """The small file that the tutorials read is what their script makes of the public ones, with its licence beside."""
+    root = reference("whurs19_openai_clip_features.npz").parent
+    reference("eurosat_gpt4v.csv")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tutorials"), *sys.path])
+    import real_answers
+
+    kept = dict(np.load(ROOT / "tutorials/real_answers.npz"))
+    monkeypatch.setattr(real_answers, "HERE", tmp_path)
+    monkeypatch.setattr("sys.argv", ["real_answers.py", "--root", str(root)])
+    real_answers.main()
+    made = dict(np.load(tmp_path / "real_answers.npz"))
+    assert kept.keys() == made.keys() and all(np.array_equal(kept[name], made[name]) for name in kept)
+    assert (ROOT / "tutorials/real_answers_LICENSE.txt").read_text().count("MIT License") == 2
 
 
 def test_class_names_with_braces():

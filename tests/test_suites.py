@@ -214,6 +214,33 @@ def test_class_prior(tiny_suite, tmp_path, monkeypatch):
     assert priors == ["right", "right"] and (tmp_path / "digits-1-epochs.csv").exists()
 
 
+def test_all(tiny_suite, tmp_path, capsys, monkeypatch):
+    """It does all of the plan, says before how much that is, and a second time finds nothing to do; tables of both."""
+    plan = (
+        "--suite digits --epochs 1 --methods 'GCE,tclip' --seeds 2",
+        "--suite digits --images 9 --epochs 1 --seeds 1",
+    )
+    monkeypatch.setattr(run, "PLAN", plan)
+    monkeypatch.setattr(run, "draw_tutorials", lambda: print("drawn"))
+    monkeypatch.setitem(run.SUITES, "digits", replace(run.SUITES["digits"], methods=("cross-entropy", "tclip")))
+    command(tmp_path, "--methods", "tclip", "--seeds", "1")
+    path = tmp_path / "digits-1-epochs.csv"
+    row = rows_of(path)[0]
+    tclip.write_csv(path, [row | dict(seconds=7200)])
+    capsys.readouterr()
+    run.main(["--all", "--results", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert f"{plan[0]}: 3 runs to do, 6.0 hours\n{plan[1]}: 2 runs to do, 0.0 hours\nin all 6.0 hours" in out
+    assert "without 2 runs" in out and out.index("in all") < out.index("| GCE |") and out.endswith("drawn\n")
+    text = (tmp_path / "tables.md").read_text()
+    assert "\n| digits-1-epochs | somebody | " in text and text.count("\n| GCE |") == 1
+    assert text.count("\n## digits-") == 2 and text.count("\n| cross-entropy |") == 1
+    tclip.write_csv(path, [row | dict(unlabeled=1, digest="of other settings"), *rows_of(path)])  # does not count
+    run.main(["--all", "--results", str(tmp_path)])
+    assert capsys.readouterr().out.count(": 0 runs to do, 0.0 hours") == 2 and len(rows_of(path)) == 5
+    assert (tmp_path / "tables.md").read_text() == text
+
+
 def test_row(tiny_suite):
     """The figures of a row are those of the student, the labels and the teacher, counted by hand."""
     config, images = settings(epochs=1), (t := run.load("digits", settings(), None)).unlabeled

@@ -16,29 +16,24 @@
 # %% [markdown]
 # # 2. What should be pulled together, and what pushed apart, when labels may be wrong?
 #
-# [![Open in Colab][badge]][colab]
-#
 # Cross-entropy believes its labels. A contrastive loss can do without any: it asks of the student that two views of the
 # same image look alike to it, and other images different. The *class-conditional* contrastive loss (C3L) lies between:
-# it uses labels, but only as far as they are sure. In training the two losses are added up
-# ([notebook 4](04_training_loop.ipynb)). This notebook takes the second apart, with toy points in the plane.
+# it uses labels, but only as far as they are sure. In training the two losses, cross-entropy and this one, are added up
+# ([notebook 4](04_training_loop.ipynb)). This notebook takes it apart, with toy points in the plane.
 #
 # In [tclip.py](../tclip.py) it is one short function: `class_conditional_contrastive_loss`.
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/tclip/blob/main/tutorials/02_class_conditional_contrast.ipynb
 
 # %%
-# Finds tclip.py, one folder up. Elsewhere, as on Colab, it is fetched; OWNER is the account that publishes it.
+# Finds tclip.py, one folder up. Packages that are missing, as on Colab, come from the package index.
+import importlib.util
 import os
 import subprocess
 import sys
 
 if not os.path.exists("../tclip.py"):
-    if not os.path.exists("tclip"):
-        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/OWNER/tclip"], check=True)
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./tclip"], check=True)
-    os.chdir("tclip/tutorials")
+    raise SystemExit("Run this notebook in the folder tutorials of a copy of tclip's repository.")
+if not importlib.util.find_spec("open_clip"):
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", ".."], check=True)
 sys.path[:0] = ["..", "."]
 
 # %%
@@ -58,6 +53,8 @@ torch.manual_seed(0)
 
 # %% [markdown]
 # ## What does a contrastive loss want?
+#
+# **In short:** to tell, of all rows of a batch, which one is another view of the same image.
 #
 # Take a batch of $B$ images and two random views of each: $2B$ rows. The student turns a row $i$ into a vector $z_i$ of
 # length one. Let $s_{ij} = \langle z_i, z_j\rangle / \tau$ be how similar two rows are, with a temperature $\tau$, and
@@ -88,11 +85,13 @@ takeaway(
 # %% [markdown]
 # ## How do labels get in?
 #
+# **In short:** as two tables of weights, which say who is pulled together and who is pushed apart.
+#
 # SimCLR (Chen et al. 2020) pushes every other image away, also one of the same class. *SupCon* (supervised contrast,
-# Khosla et al. 2020) pulls all that are called alike, and pushes all others. If labels are wrong, so are its pulls.
-# How much two images are called alike is one number, the *class agreement* $a_{ij} = \langle T_i, T_j\rangle$. If $T_i$
-# and $T_j$ are the probabilities of the classes of two images, this is the chance that both are of the same class, if
-# one tells nothing about the other. Of the other view of an image it is one, whatever the labels.
+# Khosla et al. 2020) pulls all that are called alike, and pushes all others. If labels are wrong, so are its pulls. How
+# much two images are called alike is one number, the *class agreement* $a_{ij} = \langle T_i, T_j\rangle$. If $T_i$ and
+# $T_j$ are the probabilities of the classes of two images, this is the chance that both are of the same class, if one
+# tells nothing about the other. Of the other view of an image it is one, whatever the labels.
 #
 # tclip's loss has two tables of weights made of it. $w$ says what is pulled, and $v$ what is pushed; $j$ and $k$ run
 # over all rows but $i$:
@@ -108,7 +107,7 @@ takeaway(
 # | C3L in tclip, a `class_share` between | a share of each | other classes: $1-a_{ik}$ |
 #
 # (In C3L the other view has $v_{ii^+} = 1$; and in the term of a positive $j$ its own $v_{ij}$ is 1, so that no ratio
-# can exceed one.) The share is a setting with a default, and stays the same from the first epoch to the last.
+# can exceed one.) The share is a setting, `class_share`, and stays the same from the first epoch to the last.
 
 
 # %%
@@ -141,6 +140,8 @@ takeaway(
 
 # %% [markdown]
 # ## Who agrees with whom?
+#
+# **In short:** the dot product of two labels says it, and CLIP's labels say much that is wrong.
 #
 # So everything hangs on the matrix of agreements, $a_{ij}$. Here it is for some digits, sorted by their true class: as
 # it should be; as CLIP's pseudo-labels of [notebook 1](01_pseudo_labels.ipynb) make it, hard (the best name only) and
@@ -184,51 +185,16 @@ takeaway(
 )
 
 # %% [markdown]
-# ## Who pulls whom?
-#
-# A force is minus the gradient of the loss with respect to a row. It is a sum over the other rows, each of which pulls
-# or pushes along its own direction; as long as these directions are independent, a linear system takes the sum apart.
-# The vectors are drawn at random here, nearly at right angles to each other, so that what you see comes from the
-# weights alone. There are three classes, A, B and C, of four images, and the labels are right. (Colours show the root
-# of a force, so that weak ones can be seen as well. Each panel has its own scale: compare within a panel only.)
-
-# %% tags=["picture"]
-SIZE, MEMBERS = 3, 4
-targets = torch.eye(SIZE).repeat_interleave(MEMBERS, 0)  # (12, 3)
-z = F.normalize(torch.randn(2 * len(targets), 512), dim=1)
-by_image = torch.arange(len(z)).view(2, -1).T.flatten()  # the two views of an image side by side
-
-figure, axes = plt.subplots(1, 5, figsize=(13, 3.1), sharey=True)
-for ax, (name, loss) in zip(axes, CHOICES.items()):
-    moving = z.clone().requires_grad_()
-    loss(moving, targets).backward()
-    forces = torch.linalg.lstsq(z.T, -moving.grad.T).solution.T  # forces[i, j]: of row j on row i
-    forces = forces[by_image][:, by_image] / forces.abs().max()
-    picture = ax.imshow(forces.sign() * forces.abs().sqrt(), cmap="PuOr", vmin=-1, vmax=1)
-    for edge in range(1, SIZE):
-        ax.axhline(2 * MEMBERS * edge - 0.5, color=BLACK, lw=0.6)
-        ax.axvline(2 * MEMBERS * edge - 0.5, color=BLACK, lw=0.6)
-    ax.set_xticks(2 * MEMBERS * torch.arange(SIZE) + MEMBERS - 0.5, list("ABC"))
-    ax.set_yticks(2 * MEMBERS * torch.arange(SIZE) + MEMBERS - 0.5, list("ABC"))
-    ax.set(title=name, xlabel="row that acts, by class")
-axes[0].set_ylabel("row that is moved, by class")
-bar = figure.colorbar(picture, ax=axes, shrink=0.7, ticks=[-1, 0, 1])
-bar.ax.set_yticklabels(["pushes", "nothing", "pulls"])
-plt.show()
-takeaway(
-    "the small squares along the diagonal are the two views of an image, which pull each other in every case. The "
-    "choices differ in the boxes of a class (pull, push, or let alone)."
-)
-
-# %% [markdown]
 # ## What does that do to points in the plane?
+#
+# **In short:** right labels draw classes together; a wrong one can turn the force round.
 #
 # Now a student with an embedding in the plane. A vector of length one is then a point on a circle, and can only move
 # along it. Six images, two views each; three images are of class A (circles) and three of class B (squares), and the
 # groups have begun to part. An arrow shows which way a small step of gradient descent would take a point; the longer,
 # the farther. In the lower row one image of class A carries the label B: its two views have a red ring.
 
-# %%
+# %% tags=["picture"]
 angles = torch.tensor([20.0, 55.0, 80.0, 120.0, 150.0, 190.0])  # A A A B B B
 is_b = torch.tensor([False, False, False, True, True, True])
 WRONG = 1  # the image of class A that gets the label B
@@ -290,6 +256,8 @@ takeaway(f"the wrong label turns the force round, towards the wrong class, with:
 # %% [markdown]
 # ## Where does a wrong label hurt less?
 #
+# **In short:** the smaller the share of the pull that goes by class, the less a wrong label pulls.
+#
 # The numbers above, with all in between: let the label of that one image go over from A to B bit by bit. A label on
 # which CLIP is undecided lies in the middle. Left, the losses of above; right, C3L with shares $c$ of class and $1 - c$
 # of instance:
@@ -301,7 +269,7 @@ takeaway(f"the wrong label turns the force round, towards the wrong class, with:
 # %%
 shares = [s / 20 for s in range(21)]
 mixes = {
-    f"C3L, c = {c:g}": partial(class_conditional_contrastive_loss, class_share=c) for c in (1, 0.75, 0.5, SHARE, 0)
+    f"C3L, c = {c:g}": partial(class_conditional_contrastive_loss, class_share=c) for c in (1, 0.75, SHARE, 0.25, 0)
 }
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.3), sharey=True)
 for ax, losses in zip(axes, (CHOICES, mixes)):
@@ -327,15 +295,14 @@ takeaway(
 
 # %% [markdown]
 # With C3L by instance a wrong label does harm, too: the image is no longer pushed off by the wrong class, and is pushed
-# off by its own. But nothing *pulls* it to where it does not belong. Such a label can only decide whom to leave alone;
-# what is pulled together rests on something that cannot be wrong: that two views are of the same image. On the other
-# hand SimCLR, which reads no label, learns nothing from the right ones either.
-#
-# So tclip takes a share of both, throughout: to pull by class teaches classes, and to pull by instance lets a group
-# with a wrong name part from the class of that name. No choice is safe from labels that are sure of a wrong class:
-# these have to be mended, the subject of [notebook 3](03_ensemble_labels.ipynb).
+# off by its own. But nothing *pulls* it to where it does not belong. SimCLR, which reads no label, learns nothing from
+# the right ones either. So tclip takes a share of both: to pull by class teaches classes, and to pull by instance lets
+# a group with a wrong name part from the class of that name. No choice is safe from labels that are sure of a wrong
+# class: these have to be mended, the subject of [notebook 3](03_ensemble_labels.ipynb).
 #
 # ## What do the lines of the function do?
+#
+# **In short:** two tables of weights, one masked softmax, and a few lines against infinities.
 #
 # Here it is as it runs, and after it what a step of training minimises. Each line has a reason.
 
@@ -354,8 +321,6 @@ show_source(class_conditional_contrastive_loss, tclip.tclip_objective)
 # * `logaddexp(denominator, s + (1 - v).log())`: raises $v_{ij}$ to one in the term of $j$ itself.
 # * `autocast(enabled=False)` and `.float()`: exponentials need the digits that bfloat16 lacks.
 # * `(s - denominator).masked_fill(itself, 0)`: the diagonal is minus infinity, and zero times infinity is no number.
-#
-# **Take-away: two tables of weights, one masked softmax, and a few lines against infinities.**
 #
 # ## Exercises
 #
@@ -378,9 +343,6 @@ show_source(class_conditional_contrastive_loss, tclip.tclip_objective)
 # directly. C3L by instance pushes it off from both sides of the class it lies in, and it goes where the stronger side
 # sends it. With SimCLR it has no reason to go home: nobody told it where that is.
 # </details>
-#
-# **3.** Which choice is best for training? Ask the student: see exercise 1 of [notebook 5](05_benchmark.ipynb) for how
-# to train with an objective of your own.
 
 # %%
 print(f"this notebook took {time.time() - started:.0f} s")

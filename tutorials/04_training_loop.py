@@ -16,28 +16,23 @@
 # %% [markdown]
 # # 4. What does the training loop do, line by line?
 #
-# [![Open in Colab][badge]][colab]
-#
-# This notebook builds the loop up, from the least that trains to [`train`](../tclip.py): each version adds to the one
-# before it, and the last is compared with `tclip.train`, bit by bit. Then: how an interrupted run goes on, and what the
-# student has learned.
+# This notebook builds the loop up, from the least that trains to [`train`](../tclip.py), which is then shown whole:
+# each version adds to the one before it, and the last ends with the same weights as `tclip.train`, to the bit. After
+# that: how an interrupted run goes on, and what the student has learned.
 #
 # In [tclip.py](../tclip.py) these are the sections *Augmentation*, *Student* and *Training*.
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/tclip/blob/main/tutorials/04_training_loop.ipynb
 
 # %%
-# Finds tclip.py, one folder up. Elsewhere, as on Colab, it is fetched; OWNER is the account that publishes it.
+# Finds tclip.py, one folder up. Packages that are missing, as on Colab, come from the package index.
+import importlib.util
 import os
 import subprocess
 import sys
 
 if not os.path.exists("../tclip.py"):
-    if not os.path.exists("tclip"):
-        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/OWNER/tclip"], check=True)
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./tclip"], check=True)
-    os.chdir("tclip/tutorials")
+    raise SystemExit("Run this notebook in the folder tutorials of a copy of tclip's repository.")
+if not importlib.util.find_spec("open_clip"):
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", ".."], check=True)
 sys.path[:0] = ["..", "."]
 
 # %%
@@ -70,9 +65,16 @@ print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", 
 # %% [markdown]
 # ## What does the student see?
 #
-# Never the same picture twice. Each time an image is used, `augment` makes a random *view* of it: a part of it or all
-# of it at another size, turned, brighter or darker. How strongly depends on what the images show: writing must not be
-# mirrored, a photo may. Here are the originals in the first column, and views of them in the others.
+# **In short:** never the same picture twice, and each time the same label.
+#
+# Each time an image is used, `augment` makes a random *view* of it: a part of it or all of it at another size, turned,
+# brighter or darker. How strongly depends on what the images show: writing must not be mirrored, a photo may. Here are
+# the originals in the first column, and views of them in the others.
+#
+# Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies
+# them. (torchvision's transforms draw once for a batch, so that all its images would be cut alike.) Below the picture
+# are the draws of four views, one in a column. The first four are in shares of the image's side: a width of 0.8 shows a
+# part of the image, one of 1.2 all of it with a margin. The angle is in degrees; the last three are factors.
 
 # %%
 print(config.views, "=", VIEWS)
@@ -80,14 +82,6 @@ torch.manual_seed(0)
 columns = [pixels[:4].float() / 255] + [tclip.augment(pixels[:4], **VIEWS) for _ in range(9)]
 show_images(torch.stack(columns, 1).flatten(0, 1), columns=10, side=0.7)
 plt.show()
-
-# %% [markdown]
-# Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies
-# them. (torchvision's transforms draw once for a batch, so that all its images would be cut alike.) Here are the draws
-# of four views, one in a column. The first four are in shares of the image's side: a width of 0.8 shows a part of the
-# image, one of 1.2 all of it with a margin. The angle is in degrees; the last three are factors.
-
-# %%
 draw = tclip.draw_views(4, **{k: v for k, v in VIEWS.items() if k != "padding"})
 for name, values in draw.items():
     print(f"{name:11}", "  ".join(f"{v:6.2f}" for v in values.tolist()))
@@ -95,6 +89,8 @@ takeaway(f"a view is {len(draw)} numbers, drawn anew each time; the label stays,
 
 # %% [markdown]
 # ## What is the student?
+#
+# **In short:** a small ResNet with two heads, one for names and one for the contrastive loss.
 #
 # A small ResNet, the *backbone*, turns an image into a vector of features. On top of it lie two heads. The
 # *classifier*, one linear layer, makes logits of them, and so names. The *projector*, two layers, makes the embedding
@@ -111,8 +107,10 @@ takeaway("the student's weights: " + ", ".join(f"{count:,} of the {name}" for na
 # %% [markdown]
 # ## What is the least that trains?
 #
-# A student, an optimizer, cross-entropy with CLIP's names. `report` keeps how right the student is on all images. It is
-# trained on these same images, but with labels of which some are wrong: this is the *transductive* accuracy.
+# **In short:** a student, an optimizer, cross-entropy with CLIP's names, and a loop of ten lines.
+#
+# `report` keeps how right the student is on all images. It is trained on these same images, but with labels of which
+# some are wrong: this is the *transductive* accuracy.
 
 # %%
 curves = {}
@@ -150,9 +148,11 @@ takeaway(
 # %% [markdown]
 # ## What does the contrastive loss need?
 #
-# Two views of each image in one batch, one after the other, as [`class_conditional_contrastive_loss`](../tclip.py)
-# expects: row $i$ and row $i + B$ belong together. Cross-entropy simply has twice as many rows. And labels that say how
-# sure they are: CLIP's probabilities instead of its best name.
+# **In short:** two views of each image in one batch, and labels that say how sure they are.
+#
+# The two views come one after the other, as [`class_conditional_contrastive_loss`](../tclip.py) expects: row $i$ and
+# row $i + B$ belong together. Cross-entropy simply has twice as many rows. Labels that say how sure they are: CLIP's
+# probabilities instead of its best name.
 
 
 # %%
@@ -180,9 +180,11 @@ takeaway(f"the same loop with soft labels and C3L: {curves['2 + soft labels, C3L
 # %% [markdown]
 # ## And the ensemble labels?
 #
-# Three calls ([notebook 3](03_ensemble_labels.ipynb)). `targets` in place of the fixed table; `record` what the student
-# says, after each step; `end_epoch` mends the table by it. The student says it anyway, so this costs next to nothing.
-# The sum of the two losses, with the weight of the second, has a name in tclip, `tclip_objective`.
+# **In short:** three calls: `targets`, `record`, `end_epoch`.
+#
+# `targets` in place of the fixed table; `record` what the student says, after each step; `end_epoch` mends the table by
+# it ([notebook 3](03_ensemble_labels.ipynb)). The student says it anyway, so this costs next to nothing. The sum of the
+# two losses, with the weight of the second, has a name in tclip, `tclip_objective`.
 
 # %%
 show_source(tclip.tclip_objective)
@@ -190,7 +192,8 @@ show_source(tclip.tclip_objective)
 
 def ensemble_labels():
     shares = torch.ones(C)  # config.class_prior is "uniform": digits are about equally frequent
-    return tclip.EnsembleLabels(probs, images.features, config.label_momentum, config.label_neighbours, shares)
+    rule = config.label_momentum, config.label_neighbours, shares, max(1, config.epochs // 8)  # the last: the trial
+    return tclip.EnsembleLabels(probs, images.features, *rule)
 
 
 def third_version():
@@ -217,7 +220,7 @@ takeaway(f"with labels that follow: {curves['3 + ensemble labels'][-1]:.1%}.")
 # %% [markdown]
 # ## What is left to make it train()?
 #
-# No more ideas, only craft:
+# **In short:** no more ideas, only craft.
 #
 # * **A schedule.** [`learning_rate`](../tclip.py) rises for a moment, then falls to zero along a cosine: large steps to
 #   find the way, small ones to settle.
@@ -274,9 +277,9 @@ takeaway(
 # other numbers: this is a picture of the way, not a measurement of its parts.
 
 # %%
-figure, ax = plt.subplots(figsize=(7.5, 3.2))
+figure, ax = plt.subplots(figsize=(9, 3.4))
 for (name, curve), color, line in zip(curves.items(), (BLACK, ORANGE, PINK, BLUE), (":", "-.", "--", "-")):
-    ax.plot(range(1, EPOCHS + 1), [100 * a for a in curve], color=color, ls=line, label=name)
+    ax.plot(range(1, EPOCHS + 1), [100 * a for a in curve], color=color, ls=line, lw=2, label=name)
 ax.axhline(100 * teacher, color="gray", lw=1, label="the teacher")
 ax.set(xlabel="epoch", ylabel="right, in %", ylim=(0, 100))
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -284,15 +287,17 @@ plt.show()
 takeaway("in the end " + ", ".join(f"{curve[-1]:.1%} ({name})" for name, curve in curves.items()) + ".")
 
 # %% [markdown]
-# Now you can read `train` itself. What it has in addition: `whole_batch`, `rank` and `world` do nothing where one
-# process trains, `.to(device)` brings batches to a GPU, the losses are added up where they are, so that no step waits
-# for a number to print, and each epoch leaves a row of the log and a checkpoint.
+# Now you can read `train` itself, whole. What it has in addition: `whole_batch`, `rank` and `world` do nothing where
+# one process trains, `.to(device)` brings batches to a GPU, the losses are added up where they are, so that no step
+# waits for a number to print, and each epoch leaves a row of the log and a checkpoint.
 
 # %%
 show_source(tclip.train)
 
 # %% [markdown]
 # ## What if the power fails?
+#
+# **In short:** the run goes on from the last epoch, to the same result.
 #
 # With a folder for its argument `out`, `train` writes a checkpoint after each epoch: to a draft first, which then
 # replaces the old one at once, so that there always is a whole one. Call it again with the same arguments, and it goes
@@ -328,10 +333,12 @@ takeaway(
 )
 
 # %% [markdown]
-# The random draws need not be kept, as they follow from the epoch's number. On the command line it is
+# The random draws need not be kept, as they follow from the epoch's number. On the command line:
 # `python tclip.py --resume runs/digits`.
 #
 # ## What has the student learned?
+#
+# **In short:** to see apart what its teacher confused.
 #
 # Look at its embedding, before and after (that is, of `tclip.train` above). t-SNE draws a map on which neighbours stay
 # neighbours; sizes of and distances between its islands mean little, its axes nothing. Each digit is drawn as itself,
@@ -348,15 +355,15 @@ with torch.inference_mode():
 tsne = TSNE(perplexity=30, init="pca", random_state=0, max_iter=300 if QUICK else 750)
 first_map, last_map = (tsne.fit_transform(z.numpy()) for z in (before, after))
 
-figure, axes = plt.subplots(1, 3, figsize=(12, 3.9))
-shades = plt.get_cmap("viridis")(torch.linspace(0, 0.95, C).numpy())
+figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
+shades = plt.get_cmap("viridis")(torch.linspace(0, 0.9, C).numpy())
 titles = "before", "after", "after: red is what CLIP named wrongly"
 for ax, title, points in zip(axes, titles, (first_map, last_map, last_map)):
     for c in range(C):
         for wrong in (False, True):
             here = ((truth == c) & (misnamed == wrong)).numpy()
-            color = shades[c] if "red" not in title else RED if wrong else "lightgray"
-            ax.scatter(*points[here].T, marker=f"${c}$", s=22, color=color, linewidths=0.2)
+            color = shades[c] if "red" not in title else RED if wrong else "silver"
+            ax.scatter(*points[here].T, marker=f"${c}$", s=32, color=color, linewidths=0.2)
     ax.set(title=title, xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 plt.show()
@@ -387,17 +394,7 @@ takeaway(
 # they were at the start.
 # </details>
 #
-# **2.** Give both views of an image the same augmentation (make one, and use it twice). What becomes of the contrastive
-# loss?
-#
-# <details><summary>Answer</summary>
-#
-# `view = tclip.augment(pixels[index], **VIEWS)`, then `student(torch.cat([view, view]))`. The two rows are equal, so
-# their similarity is as high as it can be from the first step on: nothing is left to learn from pulling them together.
-# Print `contrastive` in the loop, with and without this change.
-# </details>
-#
-# **3.** Add a *mean teacher*: a copy of the student whose weights follow slowly, and whose answers are recorded in
+# **2.** Add a *mean teacher*: a copy of the student whose weights follow slowly, and whose answers are recorded in
 # place of the student's. Where does it go?
 #
 # <details><summary>Answer</summary>

@@ -1,7 +1,6 @@
 """What the tutorials share: colours that colour-blind readers can tell apart, pictures, and code with its link."""
 
 import inspect
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -22,6 +21,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000 #E69F00 #56B4E9 #009E73 #0
 
 plt.rcParams |= {
     "figure.dpi": 80,
+    "font.size": 11,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -70,7 +70,7 @@ def show_images(pixels, titles=None, columns=10, colors=None, side=0.85):
         if i < len(pixels):
             ax.imshow(pixels[i].permute(1, 2, 0).numpy())
             if titles:
-                ax.set_title(titles[i], fontsize=8, color=colors[i] if colors else BLACK)
+                ax.set_title(titles[i], fontsize=8 if side < 1 else 11, color=colors[i] if colors else BLACK)
     return figure
 
 
@@ -84,25 +84,31 @@ def show_shares(ax, confusion, classes, title, truth="what the image is"):
     for t, row in enumerate(shares.round().int().tolist()):
         for p, share in enumerate(row):
             if share:
-                ax.text(p, t, share, ha="center", va="center", fontsize=7, color="white" if share < 60 else "black")
+                ax.text(p, t, share, ha="center", va="center", fontsize=10, color="white" if share < 60 else "black")
     return picture
 
 
 def real_clip():
-    """What a real CLIP says of real images, and knows of them, where its features lie in TCLIP_DATA, or ../data.
+    """What OpenAI's CLIP ViT-B/32 says of WHU-RS19, aerial images, and knows of them: see real_answers.py.
 
-    Returns a title, and names, truth, probs and features as in tclip.Images, with classes. Elsewhere: of the digits.
+    A title, and an object with truth (N,), probs (N, C), features (N, D), classes, the unit mean_text (C, D) of its
+    prompts, and of some prompts the unit texts (P, C, D). Which image a row is, is not known, only its class.
     """
-    path = Path(os.environ.get("TCLIP_DATA", "../data"), "whurs19_openai_clip_features.npz")
-    if not path.exists():
-        config = tclip.Config(**tclip.DATASETS["digits"]["settings"], device="cpu", cache="none")
-        images, _, classes = tclip.read_dataset(config)
-        return "digits, the offline CLIP", SimpleNamespace(**vars(images), classes=classes)
-    with np.load(path) as saved:
-        features = F.normalize(torch.from_numpy(saved["images_ViT-B-32"]).float(), dim=1)  # (1005, 512)
-        texts = F.normalize(torch.from_numpy(saved["texts_ViT-B-32"]).float(), dim=2)  # (107 prompts, 19, 512)
-        truth, classes = torch.from_numpy(saved["labels"]), saved["classes"].tolist()
-    probs = tclip.zero_shot_probs(features, F.normalize(texts.mean(0), dim=1))
-    names = [f"{i:05d}" for i in range(len(truth))]
-    images = dict(names=names, truth=truth, probs=probs, features=features)
-    return "WHU-RS19, CLIP ViT-B/32", SimpleNamespace(**images, classes=classes)
+    saved = real_answers()
+    names = "features", "mean_text", "texts"
+    kept = {name: F.normalize(torch.from_numpy(saved[name]).float(), dim=-1) for name in names}
+    kept |= dict(probs=tclip.zero_shot_probs(kept["features"], kept["mean_text"]), prompts=saved["prompts"].tolist())
+    truth, classes = torch.from_numpy(saved["truth"]), saved["classes"].tolist()
+    return "WHU-RS19, CLIP ViT-B/32", SimpleNamespace(**kept, truth=truth, classes=classes)
+
+
+def gpt4v():
+    """How GPT-4V names images of EuroSAT: how many of each true class have got each name (10, 10), and the classes."""
+    saved = real_answers()
+    return torch.from_numpy(saved["gpt4v"]), saved["eurosat_classes"].tolist()
+
+
+def real_answers():
+    """The arrays of real_answers.npz."""
+    with np.load(Path(__file__).with_name("real_answers.npz"), allow_pickle=False) as saved:
+        return dict(saved)

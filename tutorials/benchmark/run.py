@@ -8,12 +8,16 @@
     python tutorials/benchmark/run.py --suite cifar10-votes --root data --teacher truth   # a ceiling
     python tutorials/benchmark/run.py --suite digits-10to1 --class-prior right            # told the classes' sizes
     python tutorials/benchmark/run.py --suite whurs19 --root data             # labels only, no training
+    python tutorials/benchmark/run.py --all --root data                       # everything that a CPU can make
 
 The suites, and whose answers they hold, are in suites.py; the methods in baselines.py. A finished run is one row of
 results/SUITE.csv at once (SUITE-study.csv, SUITE-uniform.csv, SUITE-full.csv, ... for other options): an interrupted
 benchmark goes on where it was when the same command is given again. A row counts for the settings that it was made
 with; when these change it stays in the file, is left out of the table, and the run is done anew. After a change of code
 delete the file. At the end the table of all rows that count is printed, and drawn to a picture beside the csv file.
+
+--all does what is missing of PLAN, and says before how long that takes. Then it writes results/tables.md and makes the
+pictures of the README and of the tutorials, the notebooks included.
 
 unlabeled, held out: images that the student of the last epoch gets right, in %; labels: that the labels get right;
 expected: what a run without truth would expect of unlabeled; --expected prints it against the truth, of all results.
@@ -26,8 +30,12 @@ import csv
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -51,6 +59,16 @@ from tclip_app.files import write_whole
 
 RESULTS = HERE / "results"
 ALL_METHODS = STUDY | METHODS | STARTED
+
+PLAN = (  # of --all: the commands whose rows are the tables of README and results, real teachers first
+    "--suite eurosat-gpt4v",
+    "--suite cifar10-clip",
+    "--suite cifar10-votes",
+    "--suite whurs19",
+    "--suite digits --methods all",
+    "--suite digits --class-prior uniform --methods 'cross-entropy,tclip'",
+    "--suite digits-10to1",
+)
 
 # ==== Runs and their rows =============================================================================================
 
@@ -187,19 +205,25 @@ def summarise(rows):
     return lines
 
 
+def percent(figure):
+    """(mean, standard deviation) in percent; "" for None."""
+    if figure is None:
+        return ""
+    return f"{100 * figure[0]:.1f}" + (f" ± {100 * figure[1]:.1f}" if figure[1] else "")
+
+
+def markdown(cells):
+    """Rows of cells as a table in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+
+
 def table(lines):
     """The lines of summarise() in Markdown: percentages, mean ± standard deviation over the seeds."""
-
-    def percent(figure):
-        if figure is None:
-            return ""
-        return f"{100 * figure[0]:.1f}" + (f" ± {100 * figure[1]:.1f}" if figure[1] else "")
-
     cells = [["", *COLUMNS, "seconds", "seeds"], ["---"] * (len(COLUMNS) + 3)]
     for line in lines:
         seconds = f"{line['seconds']:.0f}" if line["seeds"] else ""
         cells.append([line["name"], *(percent(line[column]) for column in COLUMNS), seconds, line["seeds"] or ""])
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+    return markdown(cells)
 
 
 def expectations(folder):
@@ -217,7 +241,7 @@ def expectations(folder):
         raise UserError(f"{folder} has no results of tclip yet that say what was expected")
     mean, worst = statistics.mean(map(statistics.mean, ours)), max(map(max, ours))
     last = f"tclip: {mean:.1f} points off in the mean of {len(ours)} files, {worst:.1f} at worst."
-    return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in cells] + ["", last])
+    return f"{markdown(cells)}\n\n{last}"
 
 
 def draw(suite, lines, file):
@@ -245,6 +269,95 @@ def draw(suite, lines, file):
     figure.savefig(file, dpi=120, format="png")
 
 
+# ==== All tables ======================================================================================================
+
+
+def kept(path):
+    """The rows at `path` that were made with the settings of the last one, in the order of the methods."""
+    rows, order = read_rows(path), list(METHODS | STARTED | STUDY)
+    rows = [row for row in rows if row["digest"] == rows[-1]["digest"] and row["method"] in order]
+    return sorted(rows, key=lambda row: (order.index(row["method"]), int(row["seed"])))
+
+
+def seconds_of(path, runs):
+    """What the rows at `path` foretell of runs, (method, seed) each: seconds, and how many nothing is known of."""
+    rows = read_rows(path)
+    of = {name: mean_and_sd([row["seconds"] for row in rows if row["method"] == name]) for name, _ in runs}
+    of = {name: found or mean_and_sd([row["seconds"] for row in rows]) for name, found in of.items()}
+    return sum(of[name][0] for name, _ in runs if of[name]), sum(of[name] is None for name, _ in runs)
+
+
+def planned(root, results):
+    """The options of each command of PLAN."""
+    return [parse([*shlex.split(command), "--root", str(root), "--results", str(results)]) for command in PLAN]
+
+
+def overview(results):
+    """Markdown: a line for each suite of PLAN that has results, with cross-entropy, the best other method, and tclip.
+
+    Images that are right, in %: unlabeled ones, where nothing else is said.
+    """
+    cells = [["suite", "named by", "teacher", "cross-entropy", "best other", "tclip", "tclip, held out", "its labels"]]
+    cells.append(["---"] * len(cells[0]))
+    for given in planned("", results):
+        if given.suite == "whurs19" or not (rows := kept(path := asked(given)[1])):
+            continue
+        teacher, *lines = summarise(rows)
+        of = {line["name"]: line for line in lines}
+        others = [name for name in of if "tclip" not in name and name != "cross-entropy"]
+        best = max(others, key=lambda name: of[name]["unlabeled"], default=None)
+        row = [path.stem, rows[0]["teacher"], percent(teacher["unlabeled"])]
+        row.append(percent(of["cross-entropy"]["unlabeled"]) if "cross-entropy" in of else "")
+        row.append(f"{percent(of[best]['unlabeled'])} ({best})" if best else "")
+        row += [percent(of["tclip"][column]) if "tclip" in of else "" for column in ("unlabeled", "held out", "labels")]
+        cells.append(row)
+    return markdown(cells)
+
+
+def write_tables(results):
+    """tables.md: the overview, and the table of each suite of PLAN."""
+    text = "# Tables\n\nWritten by `run.py --all` from the csv files here; what they mean: [README.md](README.md).\n\n"
+    text += overview(results) + "\n"
+    for given in planned("", results):
+        if given.suite == "whurs19" and (rows := read_rows(results / "whurs19.csv")):
+            text += f"\n## whurs19\n\n{whurs19.table(rows)}\n"
+        elif given.suite != "whurs19" and (rows := kept(path := asked(given)[1])):
+            text += f"\n## {path.stem}\n\n{table(summarise(rows))}\n"
+    write_whole(results / "tables.md", lambda file: file.write(text), "w")
+
+
+def everything(root, results):
+    """All runs of PLAN that are missing, and tables.md. UserError: a file is missing, before anything is done."""
+    total, unknown = 0, 0
+    for command, given in zip(PLAN, planned(root, results)):
+        if given.suite == "whurs19":
+            whurs19.read(root)
+            print(f"{command}: anew, some minutes", flush=True)
+            continue
+        config, path, methods, known, load_task = asked(given)
+        done = finished(path, config, task := load_task(config), known)
+        methods = runnable(given, methods, task)
+        runs = [(name, seed) for seed in range(given.seeds) for name in methods if (name, seed) not in done]
+        seconds, new = seconds_of(path, runs)
+        total, unknown = total + seconds, unknown + new
+        print(f"{command}: {len(runs)} runs to do, {seconds / 3600:.1f} hours", flush=True)
+    more = f", without {unknown} runs of which nothing is known" * bool(unknown)
+    print(
+        f"in all {total / 3600:.1f} hours by the seconds of the kept runs{more}; then the notebooks, some minutes each"
+    )
+    for command in PLAN:
+        main([*shlex.split(command), "--root", str(root), "--results", str(results)])
+    write_tables(results)
+
+
+def draw_tutorials():
+    """The pictures that README shows: of the main command, and of the notebooks, which are run."""
+    with tempfile.TemporaryDirectory() as folder:
+        tclip.main(["--out", f"{folder}/digits"])
+        shutil.copy(f"{folder}/digits/noise.png", HERE.parent / "pictures" / "digits.png")
+    subprocess.run([sys.executable, str(HERE.parent / "build.py")], check=True)
+
+
 # ==== Command line ====================================================================================================
 
 
@@ -254,6 +367,7 @@ def parse(argv):
     style = dict(epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser("run.py", description=usage, **style)
     parser.add_argument("--suite", choices=[*SUITES, "whurs19"], default="digits", help="which data [digits]")
+    parser.add_argument("--all", action="store_true", help="every table and picture that a CPU can make")
     parser.add_argument("--root", default="data", help="folder of the data [data]")
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ... [3]")
     parser.add_argument("--methods", help="names, with commas between them, or all [the suite's]")
@@ -280,34 +394,46 @@ def chosen(names, known):
     return names.split(",")
 
 
-def main(argv=None):
-    """The command line."""
-    given = parse(argv)
-    if given.expected:
-        return print(expectations(given.results))
-    if given.suite == "whurs19":
-        rows = list(whurs19.rows(given.root, chosen(given.methods or ",".join(whurs19.METHODS), whurs19.METHODS)))
-        given.results.mkdir(exist_ok=True)
-        tclip.write_csv(given.results / "whurs19.csv", rows)
-        return print(whurs19.table(rows))
-    suite = SUITES[given.suite]
-    known = STUDY if given.study else METHODS | STARTED
+def asked(given):
+    """What the options ask for: Config, path of the rows, methods, the table they are of, function config -> Task."""
+    suite, known = SUITES[given.suite], STUDY if given.study else METHODS | STARTED
     methods = list(known) if given.study else suite.methods or list(known)
     if given.methods:
         methods = list(known) if given.methods == "all" else chosen(given.methods, known)
     settings = suite.settings | (suite.full if given.full else {}) | dict(class_prior=given.class_prior)
     settings |= dict(epochs=given.epochs) if given.epochs else {}
-    config = tclip.Config(root=given.root, **settings)
     count = given.images or (None if given.full else suite.images)
     load_task = partial(load, given.suite, count=count, teacher=given.teacher)
     words = ["study"] * given.study + ["full"] * given.full + ["truth"] * bool(given.teacher)
     words += [given.class_prior] * (given.class_prior != "none") + [f"{given.images}"] * bool(given.images)
     path = given.results / f"{'-'.join([given.suite, *words, *[f'{given.epochs}-epochs'] * bool(given.epochs)])}.csv"
-    task = load_task(config)
+    return tclip.Config(root=given.root, **settings), path, methods, known, load_task
+
+
+def runnable(given, methods, task):
+    """The methods without those that need image features, where the teacher has none and nobody named them."""
     if task.unlabeled.features is None and not given.methods:
-        methods = [name for name in methods if name not in NEED_FEATURES]
+        return [name for name in methods if name not in NEED_FEATURES]
+    return methods
+
+
+def main(argv=None):
+    """The command line."""
+    given = parse(argv)
+    if given.expected:
+        return print(expectations(given.results))
+    if given.all:
+        everything(given.root, given.results)
+        return draw_tutorials()
+    if given.suite == "whurs19":
+        rows = list(whurs19.rows(given.root, chosen(given.methods or ",".join(whurs19.METHODS), whurs19.METHODS)))
+        given.results.mkdir(exist_ok=True)
+        tclip.write_csv(given.results / "whurs19.csv", rows)
+        return print(whurs19.table(rows))
+    config, path, methods, known, load_task = asked(given)
+    task = load_task(config)
     try:
-        benchmark(path, given.suite, config, task, load_task, methods, given.seeds)
+        benchmark(path, given.suite, config, task, load_task, runnable(given, methods, task), given.seeds)
     except KeyboardInterrupt:
         raise UserError("stopped. What is finished is kept: go on with the same command") from None
     lines = summarise(list(finished(path, config, task, known).values()))
