@@ -22,10 +22,10 @@
 # same, and the fifth compares that with other ways.
 #
 # You need to know PyTorch; no paper has to be read first. Everything runs offline on a CPU. Most of it looks at what
-# OpenAI's CLIP ViT-B/32 made of WHU-RS19, aerial images of 19 classes. Its authors' features are public, and a small
-# file of them lies beside this notebook ([real_answers.py](real_answers.py) says where from). The images do not: of
-# these we know the features and the true class only. Where you want to *see* images, there are scikit-learn's
-# handwritten digits, and a tiny CLIP that has only ever seen *printed* ones ([offline_clip.py](offline_clip.py)).
+# OpenAI's CLIP ViT-B/32 made of WHU-RS19, aerial images of 19 classes: vectors that the authors of RS-TransCLIP have
+# published, in a small file beside this notebook ([real_answers.py](real_answers.py) made it). The images themselves
+# are not in it. Where you want to *see* images, there are scikit-learn's handwritten digits, and a tiny CLIP that has
+# only ever seen *printed* ones ([offline_clip.py](offline_clip.py)).
 #
 # In [tclip.py](../tclip.py) this is the section *Pseudo-labels*.
 
@@ -92,7 +92,7 @@ by_hand = F.normalize(real.texts.mean(0), dim=1)  # (C, D), of the prompts above
 alone = [tclip.score(real.features @ text.T, truth)["accuracy"] for text in real.texts]
 together = tclip.score(real.features @ by_hand.T, truth)["accuracy"]
 
-cosines = real.features @ real.mean_text.T  # (N, C); mean_text: of all 107 prompts of the authors
+cosines = real.features @ real.mean_text.T  # (N, C); mean_text: of all 107 prompts of RS-TransCLIP
 probs = (cosines / 0.01).softmax(1)  # 0.01 comes in the next section
 named = probs.argmax(1)
 right = named == truth
@@ -110,7 +110,7 @@ takeaway(
     f'CLIP says "{real.classes[best]}" to this image of {real.classes[truth[example]]}: the best cosine is '
     f"{first:.3f}, the next {second:.3f}, and the softmax makes {probs[example, best]:.0%} of it. Of all images "
     f"{min(alone):.1%} to {max(alone):.1%} are named rightly by one prompt, {together:.1%} by the {len(alone)} "
-    f"together, and {tclip.score(probs, truth)['accuracy']:.1%} by the authors' 107."
+    f"together, and {tclip.score(probs, truth)['accuracy']:.1%} by all 107 of RS-TransCLIP."
 )
 
 # %% [markdown]
