@@ -2,8 +2,8 @@
 
 import torch
 
-# Of expected_accuracy() in points, over the benchmark's suites: tutorials/benchmark/run.py --expected
-MEAN_ERROR, LARGEST_ERROR = 6, 20
+# Of expected_accuracy() in points, mean over the suites and the worst run: tutorials/benchmark/run.py --expected
+MEAN_ERROR, LARGEST_ERROR = 7, 28
 
 
 def unsaid(who, numbers, classes):
