@@ -221,6 +221,7 @@ def test_all(tiny_suite, tmp_path, capsys, monkeypatch):
         "--suite digits --images 9 --epochs 1 --seeds 1",
     )
     monkeypatch.setattr(run, "PLAN", plan)
+    monkeypatch.setattr(run, "other_tables", lambda root, results: None)
     monkeypatch.setattr(run, "draw_tutorials", lambda: print("drawn"))
     monkeypatch.setitem(run.SUITES, "digits", replace(run.SUITES["digits"], methods=("cross-entropy", "tclip")))
     command(tmp_path, "--methods", "tclip", "--seeds", "1")

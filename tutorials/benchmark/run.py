@@ -61,13 +61,19 @@ RESULTS = HERE / "results"
 ALL_METHODS = STUDY | METHODS | STARTED
 
 PLAN = (  # of --all: the commands whose rows are the tables of README and results, real teachers first
-    "--suite eurosat-gpt4v",
-    "--suite cifar10-clip",
-    "--suite cifar10-votes",
+    "--suite eurosat-gpt4v --methods 'tclip,cross-entropy'",
+    "--suite cifar10-clip --methods tclip --seeds 1",
+    "--suite cifar10-votes --methods tclip --seeds 1",
+    "--suite cifar10-annotator --methods tclip --seeds 1",
+    "--suite cifar10-annotator --methods tclip --seeds 1 --class-prior uniform",
+    "--suite eurosat-simulated --methods tclip --seeds 1 --class-prior uniform",
     "--suite whurs19",
-    "--suite digits --methods all",
-    "--suite digits --class-prior uniform --methods 'cross-entropy,tclip'",
-    "--suite digits-10to1",
+    "--suite digits --methods 'tclip,cross-entropy'",
+    "--suite digits --methods tclip --class-prior uniform",
+    "--suite digits-10to1 --methods 'tclip,cross-entropy,ELR,SupCon + CE,GCE,soft labels'",
+    "--suite digits-10to1 --methods tclip --class-prior right",
+    "--suite digits-10to1 --methods tclip --class-prior uniform",
+    "--suite digits --study --seeds 1",
 )
 
 # ==== Runs and their rows =============================================================================================
@@ -350,6 +356,14 @@ def everything(root, results):
     write_tables(results)
 
 
+def other_tables(root, results):
+    """Images of unknown classes; a few labels, on the digits."""
+    for command in ("unknown.py", "few_labels.py --suites digits"):
+        script, *options = command.split()
+        options += ["--root", str(root), "--results", str(results), "--seeds", "1"]
+        subprocess.run([sys.executable, str(HERE / script), *options], check=True)
+
+
 def draw_tutorials():
     """The pictures that README shows: of the main command, and of the notebooks, which are run."""
     with tempfile.TemporaryDirectory() as folder:
@@ -424,6 +438,7 @@ def main(argv=None):
         return print(expectations(given.results))
     if given.all:
         everything(given.root, given.results)
+        other_tables(given.root, given.results)
         return draw_tutorials()
     if given.suite == "whurs19":
         rows = list(whurs19.rows(given.root, chosen(given.methods or ",".join(whurs19.METHODS), whurs19.METHODS)))
