@@ -13,11 +13,12 @@ from tclip_app.cli import main
 
 
 def test_expected_accuracy():
-    """By hand: the teacher's probability where it agrees with the student, the labels' elsewhere."""
+    """By hand: halfway between how often the student's choice is the labels', and the mean probability of its choices,
+    the teacher's where it agrees with the student, the labels' elsewhere."""
     teacher = torch.tensor([[0.6, 0.4, 0.0], [0.7, 0.1, 0.2], [0.1, 0.1, 0.8]])
     labels = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4]])
     student = torch.tensor([[0.9, 0.0, 0.1], [0.4, 0.6, 0.0], [1.0, 0.0, 0.0]])  # agrees, does not, does not
-    assert outlook.expected_accuracy(teacher, labels, student) == pytest.approx((0.6 + 0.5 + 0.3) / 3)
+    assert outlook.expected_accuracy(teacher, labels, student) == pytest.approx((2 / 3 + (0.6 + 0.5 + 0.3) / 3) / 2)
 
 
 @pytest.mark.parametrize(

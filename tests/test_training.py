@@ -128,6 +128,17 @@ def test_loss_not_finite(tmp_path):
     assert all(math.isfinite(float(row["loss"])) for row in rows_of(tmp_path / "metrics.csv"))
 
 
+@pytest.mark.parametrize("epochs, trial", [(1, 1), (9, 1), (17, 2), (40, 5)])
+def test_trial(epochs, trial):
+    """It takes an eighth of the epochs, one at least."""
+
+    def labels(*rule):
+        raise KeyError(rule[-1])
+
+    with pytest.raises(KeyError, match=str(trial)):
+        train(settings(epochs=epochs), *coloured(), labels=labels)
+
+
 def test_one_image():
     with pytest.raises(UserError, match="one image is too few"):
         train(settings(), *(table[:1] for table in coloured()))
