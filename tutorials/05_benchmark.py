@@ -97,7 +97,7 @@ show_table(benchmark.overview(RESULTS))
 # %% tags=["picture"]
 kept = {}  # of each suite of the plan that has results: the lines of its table, the teacher first
 for given in benchmark.planned("", RESULTS):
-    if given.suite != "whurs19" and (rows := benchmark.kept(path := benchmark.asked(given)[1])):
+    if given.suite != "whurs19" and not given.study and (rows := benchmark.kept(path := benchmark.asked(given)[1])):
         kept[path.stem] = benchmark.summarise(rows)
 MARKS = {"cross-entropy": (SKY, "o"), "ELR": (PINK, "^"), "SupCon + CE": (ORANGE, "s"), "tclip": (BLUE, "D")}
 figure, ax = plt.subplots(figsize=(9, 1.2 + 0.5 * len(kept)))
