@@ -69,7 +69,7 @@ PLAN = (  # of --all: the commands whose rows are the tables of README and resul
     "--suite whurs19",
     "--suite digits --methods 'tclip,cross-entropy'",
     "--suite digits --methods tclip --class-prior uniform",
-    '--suite digits-10to1 --methods "tclip,cross-entropy,ELR,SupCon + CE,GCE,soft labels,cross-entropy on tclip\'s start"',
+    "--suite digits-10to1 --methods 'tclip,cross-entropy,ELR,SupCon + CE,GCE,soft labels'",
     "--suite digits-10to1 --methods tclip --class-prior right",
     "--suite digits-10to1 --methods tclip --class-prior uniform",
     "--suite digits --study --seeds 1",
