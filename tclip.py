@@ -11,19 +11,18 @@ CLIP with Class-Conditional Contrastive Learning", ICASSP 2022, arXiv 2206.06177
 see README.md. The parts from the pseudo-labels to the ensemble labels need torch alone: copy them out.
 """
 
-import argparse
 import csv
 import json
 import math
 import os
 import re
+import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, RawTextHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -92,18 +91,14 @@ class Config:
 # ==== Pseudo-labels: CLIP names every image once ======================================================================
 def text_classifier(encode_texts, classes, templates):
     """Zero-shot weights, unit rows (C, D): per class the mean of its prompts' embeddings (Radford et al. 2021, 3.1.4).
-
-    encode_texts: list of B strings -> unit rows (B, D). templates: prompts in which "{}" stands for the class name.
-    """
+    encode_texts: list of B strings -> unit rows (B, D). templates: prompts in which "{}" stands for the class name."""
     rows = [encode_texts([t.replace("{}", name) for t in templates]).mean(0) for name in classes]
     return F.normalize(torch.stack(rows), dim=1)
 
 
 def zero_shot_probs(image_features, text_features, temperature=0.01):
-    """p(class | image) = softmax(cosine / temperature), float32 (N, C), of unit rows (N, D) and (C, D).
-
-    temperature: the model's own, 1 / exp(logit_scale); 0.01 for OpenAI's. Radford et al. 2021, 3.1.2.
-    """
+    """p(class | image) = softmax(cosine / temperature), float32 (N, C), of unit rows (N, D) and (C, D). Radford et al.
+    2021, 3.1.2. temperature: the model's own, 1 / exp(logit_scale); 0.01 for OpenAI's."""
     return (image_features.float() @ text_features.float().T / temperature).softmax(1)
 
 
@@ -122,7 +117,6 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
 
     but v_ii+ = 1, and in the term of a positive j its own v_ij = 1: each term is a logarithm of a share. Where no image
     shares a class it is SimCLR's loss (Chen et al. 2020).
-
     z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
     gradient. Returns a float32 scalar, finite whatever the classes.
     """
@@ -142,10 +136,8 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
 
 # ==== Ensemble labels =================================================================================================
 def nearest(embeddings, k, pool=50_000):
-    """The k nearest other images of each by cosine, int64 (N, k). embeddings: unit rows, float (N, D).
-
-    Beyond `pool` images they are sought among so many random ones: the cost of an image stays flat.
-    """
+    """The k nearest other images of each, int64 (N, k), by cosine of unit rows, float (N, D). Beyond `pool` images they
+    are sought among so many random ones: the cost of an image stays flat."""
     members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
     bank, found = embeddings[members].T, []  # (D, pool)
     for rows in torch.arange(len(embeddings), device=members.device).split(256):  # N x pool cosines would be gigabytes
@@ -159,8 +151,8 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
 
         q_ic ~ (pi_c T0_ic / mean_j T0_jc)^a (n_ic / pi_c + smoothing)^s,    a: trust, s: sharpness
 
-    answers: T0, the teacher's (N, C); over its mean, how much likelier this word is where c is true. near: n, the mean
-    of what is said of the neighbours (N, C). mass: pi, that of all images (C,); n / pi is how much denser c is there.
+    answers: T0, the teacher's (N, C); over its mean, how much more than usual it says c here. near: n, the mean of
+    what is said of the neighbours (N, C). mass: pi, that of all images (C,); n / pi is how much denser c is there.
     """
     density = (near + smoothing * mass) / mass
     return (trust * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
@@ -168,15 +160,15 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
 
 def verdict(answers, near):
     """The exponents (a, s) of bayes_rule(), after a trial in which the labels stood without the teacher's word (a = 0).
-
-    Of what the teacher claims, its mean confidence: how much of its words do the neighbourhoods (N, C) foretell? That
-    is how much an embedding knows: s = 1.5 (share / 0.9)^4, at most 1.5. And how much probability do its answers (N, C)
-    give to what the neighbourhoods choose? Above 0.81 its word is not missed, and a stays 0: where it errs for whole
-    classes it would hold the labels back. Otherwise a = 1.
+    foretold: how often the neighbourhoods' first choice (N, C) is the teacher's, over its mean confidence; the less it
+    is, the less the embedding knows: s = 1.5 (foretold / 0.9)^4, at most 1.5. conceded: the probability that its
+    answers (N, C) give to their choice, over the same. From 0.81 on its word is not missed: a = 0; else a = 1. (The
+    constants were found by trial.) Answers that are even are none.
     """
-    (claim, word), choice = answers.max(1), near.argmax(1, keepdim=True)  # (N,), (N,), (N, 1)
-    foretold = (choice[:, 0] == word).float().mean() / claim.mean()
-    conceded = answers.gather(1, choice).mean() / claim.mean()
+    told = answers.amax(1) > answers.amin(1)
+    claim, choice = answers[told].amax(1), near[told].argmax(1, keepdim=True)  # (M,), (M, 1)
+    said = answers[told].gather(1, choice)[:, 0]  # (M,), what the teacher gives to the neighbourhood's choice
+    foretold, conceded = (said == claim).float().mean() / claim.mean(), said.mean() / claim.mean()
     return torch.stack([(conceded < 0.81).float(), 1.5 * (foretold / 0.9).clamp(max=1) ** 4])
 
 
@@ -190,22 +182,21 @@ def with_shares(probs, shares, iterations=100):
 
 class EnsembleLabels(torch.nn.Module):
     """Pseudo-labels T that follow an embedding by Bayes' rule: T <- m T + (1 - m) q, see bayes_rule().
-
     Before training the embedding is CLIP's, where it gives features (N, D), and what is said of an image is its label,
-    in 20 rounds; after each epoch, the student's, and its mean prediction over the views that it saw. In each embedding
-    the first rounds are a trial of the exponents, see verdict(): 5, and `trial` epochs. probs: the teacher's answers
-    (N, C). class_prior: the classes' shares (C,), of any sum, if known. `table` is T, float16 (N, C). Of the paper only
-    that there are ensemble labels is known; the rule is ours.
+    in 20 rounds, whose outcome takes the place of the teacher's answers; after each epoch, the student's, and its mean
+    prediction over the views that it saw. The first 5 rounds, and again the first `trial` epochs, run without the
+    teacher's word; then verdict() sets the exponents, with features s alone. probs: its answers (N, C). class_prior:
+    the classes' shares (C,), if known. `table` is T, float16 (N, C). The rule is ours, not known from the paper.
     """
 
     def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None, trial=5):
         super().__init__()
-        self.momentum, self.neighbours, self.class_prior, self.trial = momentum, neighbours, class_prior, trial
+        self.momentum, self.neighbours, self.class_prior = momentum, neighbours, class_prior
         answers = probs.float().clamp_min(1e-6)
         self.register_buffer("answers", (answers if class_prior is None else with_shares(answers, class_prior)).half())
         self.register_buffer("table", self.answers.clone())
         self.register_buffer("exponents", torch.tensor([0, 1.5], device=probs.device))
-        self.register_buffer("age", torch.zeros((), dtype=torch.int64, device=probs.device))  # epochs that it followed
+        self.register_buffer("trial", torch.tensor(trial, device=probs.device))  # epochs of it that are left
         self.predictions, self.embeddings = torch.zeros_like(self.table), None  # sums over an epoch's views
         if features is not None and momentum < 1:
             places = nearest(F.normalize(features.float(), dim=1), neighbours)
@@ -213,15 +204,12 @@ class EnsembleLabels(torch.nn.Module):
                 near = self.update(slice(None), self.targets(slice(None)), places)
                 if step == 4:
                     self.exponents[:] = verdict(self.answers.float(), near)
-                    self.exponents[0] = 1  # that answers agree with the features they are made of proves nothing
+                    self.exponents[0] = 1  # CLIP's answers are made of these features: to agree proves nothing
             self.answers.copy_(self.table)  # from now on these are T0
             self.exponents[:] = torch.tensor([0, 1.5])
 
     def update(self, index, said, places):
-        """One step for the images `index`: what is said of each, (B, C), and its neighbours' places among them, (B, k).
-
-        Returns n of bayes_rule(), the mean of what is said of the neighbours (B, C).
-        """
+        """One step for the images `index`, of what is said (B, C) and the neighbours' places in it (B, k): n (B, C)."""
         near = sum(said[column] for column in places.T) / places.shape[1]  # (B, k, C) at once would be gigabytes
         q = bayes_rule(self.answers[index].float(), near, said.mean(0).clamp_min(1e-6), *self.exponents)
         q = q if self.class_prior is None else with_shares(q.clamp_min(1e-12), self.class_prior)
@@ -246,10 +234,17 @@ class EnsembleLabels(torch.nn.Module):
             seen = self.predictions.sum(1, dtype=torch.float32).nonzero()[:, 0]
             said = F.normalize(self.predictions[seen].float(), p=1, dim=1)
             near = self.update(seen, said, nearest(F.normalize(self.embeddings[seen], dim=1), self.neighbours))
-            self.age += 1
-            if self.age == self.trial:
-                self.exponents[:] = verdict(self.answers[seen].float(), near)
+            self.trial -= 1
+            if self.trial <= 0:  # later, too: where labels that stand alone wander off, the teacher's word is missed
+                trust, sharpness = verdict(self.answers[seen].float(), near)
+                self.exponents[0] = torch.maximum(self.exponents[0], trust)
+                self.exponents[1] = sharpness if self.trial == 0 else self.exponents[1]
         self.predictions, self.embeddings = torch.zeros_like(self.table), None
+
+    def final(self, predictions):
+        """Mean of labels and the trained student's predictions, (N, C), as far as s lets these count: a run's best."""
+        share = self.exponents[1] / 1.5 if self.momentum < 1 else 0
+        return torch.lerp(self.targets(slice(None)), predictions.to(self.table.device), share / (1 + share))
 
 
 # ==== Augmentation: on the device, each image with a draw of its own (torchvision's transforms draw once a batch) =====
@@ -262,16 +257,13 @@ VIEWS = {  # keyword arguments of augment()
 
 def augment(pixels, padding="reflection", views=1, **ranges):
     """Random views of images, first the first of each: uint8 (B, 3, S, S) -> float32 (views * B, 3, S, S) in [0, 1].
-
-    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views().
-    """
+    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views()."""
     pixels = pixels.repeat(views, 1, 1, 1)
     return apply_views(pixels, draw_views(len(pixels), device=pixels.device, **ranges), padding)
 
 
 def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, jitter=0.0, gray=0.0, device="cpu"):
     """Random parameters of n views, a dict of float32 tensors (n,).
-
     width, height, left, top: a window in shares of the image's side, as torchvision's RandomResizedCrop draws it: its
     area from `area`, its width / height from `ratio`, anew until it lies within the image (not where `area` goes above
     1: the image may shrink in it). angle: degrees, counter-clockwise, within +-rotate. mirrored: 1, by chance `flip`.
@@ -299,7 +291,6 @@ def apply_views(pixels, draw, padding="reflection"):
     down = height * sign * sin, height * cos, 2 * draw["top"] + height - 1
     grid = F.affine_grid(torch.stack(across + down, 1).view(-1, 2, 3), pixels.shape, align_corners=False)
     x = F.grid_sample(pixels.float() / 255, grid, padding_mode=padding, align_corners=False)
-
     brightness, contrast, saturation = (draw[k].view(-1, 1, 1, 1) for k in ("brightness", "contrast", "saturation"))
     x = (brightness * x).clamp_(0, 1)
     x = torch.lerp(TF.rgb_to_grayscale(x.mean((2, 3), keepdim=True)), x, contrast).clamp_(0, 1)
@@ -309,15 +300,15 @@ def apply_views(pixels, draw, padding="reflection"):
 # ==== Student =========================================================================================================
 class Student(nn.Module):
     """The network that is trained: float (B, 3, S, S) in [0, 1] -> logits (B, C), unit embeddings (B, embedding_dim).
-
     arch: resnet8, or a resnet of torchvision, up to 64 px (`size`) with CIFAR's stem: 3x3, stride 1, and no max-pool.
+    backbone: in their place another network, images (B, 3, S, S) about zero -> features (B, width), and its width.
     """
 
-    def __init__(self, arch, num_classes, size=32, embedding_dim=128):
+    def __init__(self, arch, num_classes, size=32, embedding_dim=128, backbone=None):
         super().__init__()
         self.arch, self.size = arch, size
-        if arch == "resnet8":
-            self.backbone, width = resnet8(size), 128
+        if backbone or arch == "resnet8":
+            self.backbone, width = backbone or (resnet8(size), 128)
         elif arch.startswith("resnet") and arch in torchvision.models.list_models():
             self.backbone = torchvision.models.get_model(arch)
             width, self.backbone.fc = self.backbone.fc.in_features, nn.Identity()
@@ -337,8 +328,7 @@ class Student(nn.Module):
 
 def resnet8(size):
     """Features (B, 128) by a ResNet of three basic blocks. From 32 px on its first convolution halves the image."""
-    kernel, stride, padding = (6, 2, 2) if size >= 32 else (3, 1, 1)
-    stem = nn.Conv2d(3, 32, kernel, stride, padding, bias=False)
+    stem = nn.Conv2d(3, 32, 6, 2, 2, bias=False) if size >= 32 else nn.Conv2d(3, 32, 3, padding=1, bias=False)
     layers = [stem, nn.BatchNorm2d(32), nn.ReLU(), BasicBlock(32, 32)]
     for width in (32, 64):
         shortcut = nn.Sequential(conv1x1(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width))
@@ -348,27 +338,25 @@ def resnet8(size):
 
 # ==== Training ========================================================================================================
 # Under torchrun each process has all images and labels, and takes its share of each batch.
-def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None):
-    """Train a student on unlabeled images and what a teacher says of them. No truth comes here.
-
+def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None, student=None, labels=None):
+    """Train a student on unlabeled images and what a teacher says of them: (student, labels). No truth comes here.
     pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's. features: its unit image features (N, D), or None.
     out: folder (Path) for metrics.csv and checkpoint.pt, written after each epoch; from a checkpoint there training
-    goes on, on a CPU to the bit as if it had never stopped. objective: in place of tclip_objective(). on_epoch: called
-    after each epoch with its row of metrics.csv, student and labels. Returns (student, EnsembleLabels).
+    goes on, on a CPU to the bit as if it had never stopped. objective, student, labels: in place of tclip_objective(),
+    a new Student, the class EnsembleLabels. on_epoch: called after each epoch with its row, student and labels.
     """
+    if len(pixels) < 2:
+        raise UserError("one image is too few: labels follow its neighbours")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, objective = torch.device(config.device), objective or tclip_objective
-    bfloat16 = has_fast_bfloat16(device)
     torch.manual_seed(config.seed)
-    student = Student(config.arch, probs.shape[1], pixels.shape[-1]).to(device, memory_format=torch.channels_last)
+    student = student or Student(config.arch, probs.shape[1], pixels.shape[-1])
+    student.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
-    probs, features = (None if x is None else x.to(device) for x in (probs, features))
-    prior = config.class_prior.replace("uniform", ",".join("1" * probs.shape[1]))
-    shares = None if prior == "none" else torch.tensor([float(share) for share in prior.split(",")], device=device)
-    if shares is not None and (len(shares) != probs.shape[1] or not (shares > 0).all()):
-        raise UserError(f"--class-prior {prior}: none, uniform, or {probs.shape[1]} numbers above 0, by commas")
-    trial = max(1, config.epochs // 8)
-    labels = EnsembleLabels(probs, features, config.label_momentum, config.label_neighbours, shares, trial)
+    shares = class_shares(config.class_prior, probs.shape[1])
+    probs, features, shares = (None if x is None else x.to(device) for x in (probs, features, shares))
+    rule = config.label_momentum, config.label_neighbours, shares, max(1, config.epochs // 8)
+    labels = (labels or EnsembleLabels)(probs, features, *rule)
     parts, history = dict(student=student, optimizer=optimizer, labels=labels), []
     if out and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
@@ -381,7 +369,6 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     model = torch.compile(model) if config.compile else model
     steps = min(math.ceil(len(pixels) / config.batch_size), len(pixels) // world)  # an epoch
-
     bar = tqdm(None, "student", config.epochs * steps, initial=len(history) * steps, disable=rank > 0 or None)
     for epoch in range(len(history), config.epochs):
         started, losses = time.time(), torch.zeros(2, device=device)
@@ -397,7 +384,7 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
             optimizer.param_groups[0]["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
             mine = pixels[batch[:, rank].to(pixels.device)].to(device)  # uint8 (B / W, 3, S, S)
             views = augment(mine, views=2, **VIEWS[config.views])  # (2B / W, 3, S, S)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
                 logits, z = model(views.contiguous(memory_format=torch.channels_last))
             logits, z, index = whole_batch(logits.float()), whole_batch(z), batch.T.flatten()  # (2B, C), (2B, D), (B,)
             classification, contrastive = objective(logits, z, index, labels, config)
@@ -409,13 +396,13 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
             bar.update()
         if not losses.isfinite().all():
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {config.lr}")
+        exponents = dict(zip(("trust", "sharpness"), labels.exponents.tolist()))
         labels.end_epoch()
         classification, contrastive = losses.tolist()
         changed = (labels.table.argmax(1) != probs.argmax(1)).float().mean().item()
         row = dict(epoch=epoch + 1, loss=classification + contrastive, classification=classification)
-        row |= dict(contrastive=contrastive, labels_changed=changed)
-        row |= dict(zip(("trust", "sharpness"), labels.exponents.tolist()))
-        history.append(row | dict(seconds=round(time.time() - started, 3)))
+        row |= dict(contrastive=contrastive, labels_changed=changed, seconds=round(time.time() - started, 3))
+        history.append(row | exponents)
         bar.set_postfix_str(f"loss {classification + contrastive:.3f}, labels changed {changed:.1%}")
         if on_epoch:
             on_epoch(history[-1], student, labels)
@@ -427,11 +414,19 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     return student.eval(), labels
 
 
+def class_shares(prior, classes):
+    """Config.class_prior as the shares (C,) of so many classes, of any sum, or None. UserError: it is neither."""
+    numbers = prior.replace("uniform", ",".join("1" * classes)).split(",")
+    with suppress(ValueError):
+        shares = None if prior == "none" else torch.tensor([float(number) for number in numbers])
+        if shares is None or (len(shares) == classes and shares.min() >= 1e-5 * shares.sum() > 0):
+            return shares
+    raise UserError(f"--class-prior {prior}: none, uniform, or {classes} numbers, none below 0.00001 of their sum")
+
+
 def tclip_objective(logits, z, index, labels, config):
     """What a step minimises, two scalars: cross-entropy with the ensemble labels, lambda times the contrastive loss.
-
-    logits (2B, C) and unit embeddings z (2B, D) of two views: rows i and i + B are of the image index[i].
-    """
+    logits (2B, C) and unit embeddings z (2B, D) of two views: rows i and i + B are of the image index[i]."""
     targets = labels.targets(index)  # (B, C)
     cross_entropy = F.cross_entropy(logits, targets.repeat(2, 1))
     if config.c3l_weight == 0:
@@ -442,9 +437,7 @@ def tclip_objective(logits, z, index, labels, config):
 
 def whole_batch(x):
     """x (2B / W, ...) of all W processes as (2B, ...): all first views, then all second. Its own rows have a gradient.
-
-    Every process computes the loss of the whole batch. DDP takes the mean of the gradients: W times it is the whole's.
-    """
+    Every process computes the loss of the whole batch. DDP takes the mean of the gradients: W times is the whole's."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -477,9 +470,7 @@ def predict(student, pixels):
 
 def score(probs, truth):
     """dict of accuracy, per_class (C of them) and confusion (C, C), row truth, column said, of predictions (N, C).
-
-    truth: int64 (N,), -1 where unknown, which does not count. Accuracies are shares in [0, 1], or None of no image.
-    """
+    truth: int64 (N,), -1 where unknown, which does not count. Accuracies are shares in [0, 1], or None of no image."""
     classes, known = probs.shape[1], truth >= 0
     confusion = (truth * classes + probs.argmax(1))[known].bincount(minlength=classes**2).view(classes, classes)
     right, of_class = confusion.diag().tolist(), confusion.sum(1).tolist()
@@ -512,7 +503,7 @@ DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)
         source=lambda root, train: handwritten_digits(train),
         templates=['a photo of the number: "{}".', "a photo of the digit {}.", "the handwritten digit {}."],
         classes=["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-        settings=dict(size=16, arch="resnet8", views="writing", clip="offline", class_prior="uniform"),
+        settings=dict(size=16, arch="resnet8", views="writing", clip="offline"),
     ),
     "cifar10": dict(
         source=lambda root, train: torchvision.datasets.CIFAR10(root, train, download=True),
@@ -527,10 +518,8 @@ DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)
 
 def load_images(config, split, clip):
     """Read the "train" (unlabeled) or "test" (held-out) split of a data set once: Images, but for probs.
-
     CLIP's features are kept in the folder config.cache, a file for each data set, split and model, and used again as
-    long as there is one for each image and the first eight come out the same. UserError: the data set cannot be had.
-    """
+    long as there is one for each image and the first eight come out the same. UserError: the data set cannot be had."""
     try:
         source = DATASETS[config.dataset]["source"](config.root, split == "train")  # torchvision downloads
     except (OSError, RuntimeError) as error:
@@ -583,9 +572,7 @@ def square(image, size):
 # ==== CLIP ============================================================================================================
 class Clip:
     """A CLIP model by its name: OpenAI's, "arch:tag" or "arch:FILE" of open_clip, or offline. UserError: none such.
-
-    prepare: its own preprocessing, PIL image -> float32 (3, S, S). temperature: its own, 1 / exp(logit_scale).
-    """
+    prepare: its own preprocessing, PIL image -> float32 (3, S, S). temperature: its own, 1 / exp(logit_scale)."""
 
     def __init__(self, name="offline", device="cpu"):
         self.name, self.device = name, torch.device(device)
@@ -616,8 +603,7 @@ def load_clip(name):
         file = Path(__file__).resolve().parent / "tclip_app/offline_clip.pt"  # tiny; it knows digits alone
         if not file.exists():
             raise UserError(f"the CLIP that knows digits is missing: {file}, of tclip's repository")
-        weights = torch.load(file, weights_only=True)
-        model = open_clip.model.build_model_from_openai_state_dict(weights, cast_dtype=None)
+        model = open_clip.model.build_model_from_openai_state_dict(torch.load(file, weights_only=True), cast_dtype=None)
         return model, open_clip.image_transform(model.visual.image_size, is_train=False), open_clip.tokenize
     arch, _, tag = name.partition(":")
     if not tag:
@@ -625,7 +611,7 @@ def load_clip(name):
             import clip
 
             if name in getattr(clip, "available_models", list)():  # PyPI's "clip" is another program
-                return *clip.load(name, "cpu"), partial(clip.tokenize, truncate=True)
+                return *clip.load(name, "cpu"), lambda texts: clip.tokenize(texts, truncate=True)
         arch, tag = re.sub("[/@]", "-", name).removesuffix("px"), "openai"
     if (arch, tag) not in open_clip.list_pretrained() and not (arch in open_clip.list_models() and Path(tag).is_file()):
         raise UserError(f"--clip {name}: there is offline, RN50, ViT-B/32, ViT-L/14, ..., and open_clip's arch:tag")
@@ -637,6 +623,7 @@ def load_clip(name):
 # ==== A run ===========================================================================================================
 def read_dataset(config):
     """The data set's unlabeled and held-out Images, named by CLIP, and the class names."""
+    class_shares(config.class_prior, len(DATASETS[config.dataset]["classes"]))  # a UserError before CLIP is asked
     clip, recipe = Clip(config.clip, config.device), DATASETS[config.dataset]
     unlabeled, heldout = (load_images(config, split, clip) for split in ("train", "test"))
     prompts = text_classifier(clip.encode_texts, recipe["classes"], recipe["templates"])  # (C, D)
@@ -645,13 +632,10 @@ def read_dataset(config):
     return unlabeled, heldout, recipe["classes"]
 
 
-def run(config, read=read_dataset, resumed=False):
+def run(config, read=read_dataset, resumed=False, learn=train):
     """A whole run: images, pseudo-labels, training, results. Returns the summary, a dict, of the first process.
-
-    read: config -> (unlabeled Images, held-out Images or None, C class names). resumed: it has begun in config.out.
-    """
+    read: config -> (unlabeled Images, held-out Images or None, classes). resumed: begun before. learn: like train()."""
     started, rank, world = time.time(), 0, 1
-    Student(config.arch, 2)  # an unknown arch is told before anything is read
     if dist.is_torchelastic_launched():
         if config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -669,7 +653,7 @@ def run(config, read=read_dataset, resumed=False):
         unlabeled, heldout, classes = read(config)
         if rank == 0 and world > 1:
             dist.barrier()
-        student, labels = train(config, unlabeled.pixels, unlabeled.probs, unlabeled.features, Path(config.out))
+        student, labels = learn(config, unlabeled.pixels, unlabeled.probs, unlabeled.features, Path(config.out))
     except KeyboardInterrupt:
         raise UserError(f"stopped; go on with --resume {config.out}") from None
     summary = write_results(config, unlabeled, heldout, classes, student, labels, started) if rank == 0 else None
@@ -681,7 +665,7 @@ def run(config, read=read_dataset, resumed=False):
 
 def claim_folder(config):
     """Make a new folder for the results and return its name: two runs that begin together get two."""
-    for name in [config.out] if config.out else (f"runs/{config.dataset}" + f"-{i}" * (i > 1) for i in count(1)):
+    for name in [config.out] if config.out else (f"runs/{config.dataset}" + f"-{i}" * (i > 1) for i in range(1, 10**6)):
         with suppress(FileExistsError):  # where another run was quicker
             Path(name).mkdir(parents=True)
             return name
@@ -691,8 +675,8 @@ def claim_folder(config):
 def write_results(config, unlabeled, heldout, classes, student, labels, started):
     """labels.csv, model.pt, summary.json and, where truth is known, noise.png. Returns the summary, a dict."""
     out, truth = Path(config.out), unlabeled.truth
-    said = dict(teacher=unlabeled.probs, label=labels.targets(slice(None)).cpu())
-    said["student"] = predict(student, unlabeled.pixels)
+    said = dict(teacher=unlabeled.probs, student=predict(student, unlabeled.pixels))
+    said["label"] = labels.final(said["student"]).cpu()
     scores = {f"unlabeled_{who}": score(probs, truth) for who, probs in said.items()}
     if heldout:
         scores["heldout_teacher"] = score(heldout.probs, heldout.truth)
@@ -712,15 +696,15 @@ def write_results(config, unlabeled, heldout, classes, student, labels, started)
         side = min(4 + 0.18 * len(classes), 20)
         figure = Figure((2 * side + 1, side), layout="compressed")
         for ax, who in zip(figure.subplots(1, 2), ("teacher", "student")):
-            confusion = scores[f"unlabeled_{who}"]["confusion"]
-            shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)  # of the true class, in %
-            look = dict(include_values=len(classes) <= 20, values_format=".0f", xticks_rotation=90)  # else a blur
-            ConfusionMatrixDisplay(shares.numpy(), display_labels=classes).plot(ax=ax, **look)
+            confusion = scores[f"unlabeled_{who}"]["confusion"].numpy()
+            shares = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)  # of the true class, in %
+            look = dict(include_values=len(classes) <= 20, values_format=".0f", im_kw=dict(vmin=0, vmax=100))
+            ConfusionMatrixDisplay(shares, display_labels=classes).plot(ax=ax, xticks_rotation=90, **look)
             ax.set_title(f"{who}: {summary[f'unlabeled_{who}_accuracy']:.1%} right")
         figure.savefig(out / "noise.png", dpi=120, bbox_inches="tight")
     write_csv(out / "labels.csv", [dict(zip(columns, row)) for row in zip(*columns.values())])
-    model = dict(arch=student.arch, size=student.size, classes=classes, student=student.state_dict())
-    torch.save(model, out / "model.pt")
+    kept = dict(arch=student.arch, size=student.size, classes=classes, student=student.state_dict())
+    torch.save(kept, out / "model.pt")
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -734,32 +718,32 @@ def write_csv(path, rows):
 
 
 def add_settings(parser, settings):
-    """A flag for each of these fields of a dataclass. What is not given on the command line is not in the result."""
+    """A flag for each of these fields. What is not given on the command line is not in the result. ~ is the home."""
     for f in settings:
         words = f": {', '.join(f.metadata['allowed'])}" if f.type is str and f.metadata["allowed"] else ""
         text = f.metadata["help"] + words + (f" [{f.default}]" if f.default is not None and f.type is not bool else "")
-        how = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **how)
+        how = {bool: dict(action="store_true"), str: dict(type=os.path.expanduser)}.get(f.type, dict(type=f.type))
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=SUPPRESS, **how)
 
 
 def main(argv=None):
     """The command line."""
-    usage, keep = "%(prog)s [--setting value ...]", argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("tclip.py", usage, __doc__, formatter_class=keep)
+    parser = ArgumentParser("tclip.py", "%(prog)s [--setting value ...]", __doc__, formatter_class=RawTextHelpFormatter)
     add_settings(parser, fields(Config))
-    parser.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
+    parser.add_argument("--resume", metavar="RUN", type=os.path.expanduser, help="go on with this interrupted run")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # where it is closed, a progress bar would fail
     given = vars(parser.parse_args(argv))
     folder, name = given.pop("resume"), given.get("dataset", Config.dataset)
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
-    file = Path(folder or "", "config.json")
-    if folder and not file.is_file():
+    Student(given.get("arch", Config.arch), 2)  # an unknown one is told before anything is read
+    if folder and not Path(folder, "config.json").is_file():
         raise UserError(f"--resume {folder}: there is no run")
-    begun = json.loads(file.read_text()) if folder else DATASETS[name]["settings"]  # what is given replaces it
+    begun = json.loads(Path(folder, "config.json").read_text()) if folder else DATASETS[name]["settings"]
     if summary := run(Config(**begun | given | (dict(out=folder) if folder else {})), resumed=bool(folder)):
-        print("right of the unlabeled images: teacher {unlabeled_teacher_accuracy:.1%}, student "
-              "{unlabeled_student_accuracy:.1%}; of the held-out ones: {heldout_teacher_accuracy:.1%}, "
-              "{heldout_student_accuracy:.1%}; {seconds:.0f} s on {device}; see {out}".format(**summary))  # fmt: skip
+        right = [f"{k.replace('_', ' ')} {v:.1%}" for k, v in summary.items() if k.endswith("accuracy")]
+        with suppress(BrokenPipeError, UnicodeEncodeError):  # all is written, whoever reads this
+            print("{}; {seconds:.0f} s on {device}; see {out}".format(", ".join(right), **summary), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
 """What people bring as text: class names, prompts, another teacher's answers, the truth."""
 
 import csv
+import io
 import math
 import os
 import re
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import tclip
 from tclip import UserError
 from tclip_app.images import tell
+from tclip_app.names import class_numbers, composed, distinct, plain
+from tclip_app.outlook import unsaid
 
 
 def listed(value, separator=None):
@@ -21,16 +26,23 @@ def listed(value, separator=None):
     parts = value.split(separator) if separator else [value]
     if os.path.isfile(value):
         parts = read_text(value).splitlines()
-    items = [part.strip() for part in parts if part.strip()]
-    if not items or len(set(items)) < len(items):
-        raise UserError(f"{value} {'names something twice' if items else 'is empty'}")
+    items = [composed(part.strip()) for part in parts if part.strip()]
+    if not items:
+        raise UserError(f"{value} is empty")
+    often, times = Counter(items).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{often!r} is named {times} times" + f" in {value}" * os.path.isfile(value))
     return items
 
 
 def read_text(path):
+    """A text file of UTF-8, or of UTF-16 with its mark, with its line ends as they are. UserError: it is none."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # "-sig": spreadsheets put a mark in front
-    except (OSError, UnicodeError) as error:
+        content = Path(path).read_bytes()
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeError as error:
+        raise UserError(f"cannot read {path}: save it in UTF-8 (Excel calls that 'CSV UTF-8'): {error}") from error
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
@@ -40,11 +52,16 @@ def unguarded(cell):
 
 
 def read_csv(path):
-    """Rows of a csv file as dicts of its columns, apostrophes taken away. UserError: it cannot be read."""
+    """Rows of a csv file as dicts of its columns, apostrophes taken away. UserError: it cannot be read.
+
+    What stands between columns is a comma, a semicolon or a tab: Excel takes one of them, by the country.
+    """
+    text = read_text(path)
+    between = max(",;\t", key=text.partition("\n")[0].count)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return [{k: unguarded(v or "") for k, v in row.items() if k is not None} for row in csv.DictReader(file)]
-    except (OSError, UnicodeError, csv.Error) as error:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=between)
+        return [{k: unguarded(v or "") for k, v in row.items() if k is not None} for row in rows]
+    except csv.Error as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
@@ -57,13 +74,13 @@ def read_labels(path):
     if not rows or not {"file", "label"} <= rows[0].keys():
         raise UserError(f"{path} needs a first line file,label or file,label,confidence, and rows below it")
     for number, row in enumerate(rows, 1):
-        name, label = row["file"], row["label"]
+        name, label = composed(row["file"], found), row["label"]
         if not name or not label:
             raise UserError(f"{path}: no file or no label in row {number}")
         if name in found:
             raise UserError(f"{path}: {name} twice, again in row {number}")
         try:
-            confidence = float(row.get("confidence") or 1)
+            confidence = float((row.get("confidence") or "1").replace(",", "."))
         except ValueError:
             confidence = math.nan
         if not 0 <= confidence <= 1:
@@ -81,7 +98,8 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as data:
             arrays = {name: data[name] for name in ("files", "classes", "probs", "features") if name in data}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"cannot read {path} as an npz file without objects in it: {error}") from error
+        hint = "; of a data frame save to_numpy(str) and to_numpy(float)" * ("Object arrays" in str(error))
+        raise UserError(f"cannot read {path} as an npz file without objects in it: {error}{hint}") from error
     if missing := {"files", "classes", "probs"} - arrays.keys():
         raise UserError(f"{path} has no {min(missing)}: it needs files, classes and probs")
     files, classes, probs, features = *(arrays[k] for k in ("files", "classes", "probs")), arrays.get("features")
@@ -97,28 +115,43 @@ def read_npz(path):
             check(table.dtype.kind in "fiu" and table.ndim == 2 and np.isfinite(table).all(), f"{name} are no numbers")
             check(len(table) == len(files) > 0, f"{name} are {table.shape}, for {len(files)} files")
     check(probs.shape[1] == len(classes), f"probs are {probs.shape}, for {len(classes)} classes")
-    check((probs >= 0).all() and (probs.sum(1) > 0).all(), "probs are below zero, or all zero for an image")
+    check((probs >= 0).all(), "probs are below zero: of logits save the softmax")
+    total = probs.sum(1, dtype=np.float64)
+    odd = abs(total - 1).argmax()
+    wrong = f"probs of {files[odd]} sum to {total[odd]:.3g}, not to 1: of logits save the softmax, of votes the shares"
+    check(abs(total[odd] - 1) < 0.05, wrong)
     known, times = np.unique(files, return_counts=True)
     check(len(known) == len(files), f"{known[times.argmax()]} twice")
     probs = torch.from_numpy(probs.astype(np.float32))
     features = None if features is None else F.normalize(torch.from_numpy(features.astype(np.float32)), dim=1)
-    return files.tolist(), classes.tolist(), probs / probs.sum(1, keepdim=True), features
+    names = {}  # composed -> as in the file
+    for file in files.tolist():
+        names[composed(file, names)] = file
+    return list(names), classes.tolist(), probs / probs.sum(1, keepdim=True), features
 
 
-def plain(name):
-    """A class name without what differs from list to list: capitals, underscores, spaces around it."""
-    return name.casefold().replace("_", " ").strip()
+def class_prior(prior, classes):
+    """--class-prior as tclip.class_shares() reads it: "none", "uniform" or numbers in the order of the classes.
 
-
-def class_numbers(labels, classes, path):
-    """The labels as numbers of their classes, names compared as plain(). UserError: one is no class."""
-    numbers = {plain(name): i for i, name in enumerate(classes)}
-    if len(numbers) < max(2, len(classes)):
-        raise UserError(f"{path}: two classes are needed at least, and none twice: {', '.join(classes)}")
-    for label in labels:
-        if plain(label) not in numbers:
-            raise UserError(f"{path}: {label!r} is not among the classes {', '.join(classes[:20])}")
-    return [numbers[plain(label)] for label in labels]
+    prior: that, or shares by the classes' names, "cat:0.7,dog:0.3", or a file of such pairs, one a line. UserError: a
+    class has no share, or two, or one that tclip.class_shares() does not take, or there is no such class.
+    """
+    if os.path.isfile(prior) or ":" in prior:
+        parts = read_text(prior).splitlines() if os.path.isfile(prior) else prior.split(",")
+        pairs = [re.fullmatch(r'\s*"?(.+?)"?\s*[:,;\t]\s*([^:,;\t]+)', part) for part in parts if part.strip()]
+        if not all(pairs):
+            raise UserError(f"--class-prior {prior}: each class needs its name and its share, as in cat:0.7,dog:0.3")
+        pairs = [pair.groups() for pair in pairs if pair[2] != "share"]  # but the first line of a csv file
+        numbers = class_numbers([name for name, _ in pairs], classes, "--class-prior")
+        for i, name in enumerate(classes):
+            if numbers.count(i) != 1:
+                raise UserError(f"--class-prior {prior}: {name!r} has {numbers.count(i)} shares, and needs one")
+        prior = ",".join(share for _, (_, share) in sorted(zip(numbers, pairs)))
+    try:
+        tclip.class_shares(prior, len(classes))
+    except UserError as error:
+        raise UserError(f"{error}, for {', '.join(classes[:20])}; or each with its name, as in cat:0.7") from error
+    return prior
 
 
 def read_pseudo_labels(path, classes=None):
@@ -127,7 +160,7 @@ def read_pseudo_labels(path, classes=None):
     path: see read_npz() for .npz, read_labels() for .csv; what a confidence lacks to 1 is spread evenly over the other
     classes. classes: names to put the columns in order of; None: those of the file. UserError: other classes.
     """
-    if Path(path).suffix == ".npz":
+    if Path(path).suffix.lower() == ".npz":
         files, own, probs, features = read_npz(path)
         classes = classes or own
         order = class_numbers(classes, own, path)
@@ -136,7 +169,7 @@ def read_pseudo_labels(path, classes=None):
         return files, classes, probs[:, order], features
     found = read_labels(path)
     labels, confidence = zip(*found.values())
-    classes = classes or sorted(set(labels))
+    classes = classes or distinct(labels)
     mine = F.one_hot(torch.tensor(class_numbers(labels, classes, path)), len(classes))
     confidence = torch.tensor(confidence)[:, None].clamp_min(1 / len(classes))  # (N, 1): a label is the likeliest class
     return list(found), classes, mine * confidence + (1 - mine) * (1 - confidence) / (len(classes) - 1), None
@@ -161,8 +194,14 @@ def match(names, files, probs, features=None):
     return probs, None if features is None else torch.cat([features, torch.zeros_like(features[:1])])[index]
 
 
-def read_truth(truth, names, classes):
-    """Class numbers (N,) of the images `names`, int64, -1 where unknown; for evaluation alone.
+def tell_unsaid(probs, classes):
+    """Tell which classes the teacher never says, in probs (N, C); even rows are undecided and do not count."""
+    if sentence := unsaid("the teacher", probs[probs.max(1).values > probs.min(1).values].argmax(1), classes):
+        tell(sentence)
+
+
+def read_truth(truth, names, classes, flag="--truth"):
+    """Class numbers (N,) of the images `names`, int64, -1 where unknown.
 
     truth: a csv file (file,label), or "folders", where images lie in folders named like the classes; None: all unknown.
     """
@@ -175,7 +214,7 @@ def read_truth(truth, names, classes):
     numbers = dict(zip(labels, class_numbers(labels.values(), classes, truth)))
     there = len(numbers.keys() & set(names))
     if truth and not there:
-        raise UserError(f"--truth {truth} tells nothing of the {len(names)} files, such as {names[0]}")
+        raise UserError(f"{flag} {truth} tells nothing of the {len(names)} files, such as {names[0]}")
     if truth and there < len(names):
-        tell(f"--truth {truth} knows {there} of {len(names)} files")
+        tell(f"{flag} {truth} knows {there} of {len(names)} files")
     return torch.tensor([numbers.get(name, -1) for name in names])

@@ -25,8 +25,11 @@ from tqdm import tqdm
 import tclip
 from tclip import UserError
 from tclip_app.files import write_whole
+from tclip_app.names import composed
 
 SYSTEM_FILES = r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini"  # that macOS and Windows lay into folders of images
+# Hidden folders and those of disk stations hold copies and thumbnails of the images.
+SYSTEM_FOLDERS = r"\..+|@eaDir|@Recycle|#recycle|#snapshot|__MACOSX|\$RECYCLE\.BIN|System Volume Information"
 # What Pillow raises on broken files: seen on 36,000 of them, with its versions 10.1 and 13. A KeyError, say, is a bug.
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, OverflowError, EOFError, struct.error)
 UNREADABLE += (Image.DecompressionBombError,)
@@ -40,22 +43,37 @@ def tell(message):
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
-def find(root):
+def find(root, told=False):
     """All files below a folder, or one file: dict name -> Path. UserError: there is no such folder, or no file in it.
 
-    Names are relative paths with "/" between, sorted; bytes that are no text are spelt as \\x...
+    Names are relative paths with "/" between, composed() and sorted; bytes that are no text are spelt as \\x... What is
+    in SYSTEM_FOLDERS is left out. told: say so on stderr.
     """
     root = Path(root)
     if not os.path.exists(root):
         raise UserError(f"{root}: there is no such folder")
     if root.is_file():
-        return {spelt(root.name): root}
-    every = [path for path in sorted(root.rglob("*")) if not re.fullmatch(SYSTEM_FILES, path.name)]
+        return {composed(spelt(root.name)): root}
+
+    def order(path):
+        return composed(str(path)).split(os.sep), composed(str(path)) != str(path)
+
+    every = [path for path in sorted(root.rglob("*"), key=order) if not re.fullmatch(SYSTEM_FILES, path.name)]
     # A folder counts as a file where its files are out of reach.
     paths = [path for path in every if path.is_symlink() or not path.is_dir() or not os.access(path, os.R_OK)]
-    if not paths:
-        raise UserError(f"there is no file in {root}")
-    return {spelt(path.relative_to(root).as_posix()): path for path in paths}
+    found, copies = {}, []
+    for path in paths:
+        if any(re.fullmatch(SYSTEM_FOLDERS, part) for part in path.relative_to(root).parts[:-1]):
+            copies.append(path)
+        else:
+            name = spelt(path.relative_to(root).as_posix())
+            found[composed(name, found)] = path
+    left_out = f"{len(copies)} files in folders of the system are left out, such as {copies[0]}" if copies else ""
+    if not found:
+        raise UserError(f"there is no file in {root} {left_out}")
+    if left_out and told:
+        tell(left_out)
+    return found
 
 
 def spelt(name):
@@ -177,7 +195,7 @@ def read_folder(root, size, out, memory=8.0, strict=False, features=None, as_fil
     What is no readable image is listed in out/skipped.csv; strict: it is a UserError. More than `memory` gigabytes of
     pixels, or as_file, lie in out/pixels.bin, which is removed when the process ends. features: KeptFeatures.
     """
-    root, files = Path(root), find(root)
+    root, files = Path(root), find(root, told=True)
     names, paths = list(files), list(files.values())
 
     def read(i):

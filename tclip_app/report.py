@@ -4,11 +4,8 @@ It is made from the files of the run's folder alone. The page holds all that it 
 reads on a phone, in the dark and on paper. Pictures are read again from where the run found its images.
 """
 
-import base64
-import html
 import io
 import json
-import re
 import string
 from collections import Counter
 from contextlib import suppress
@@ -16,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import confusion_matrix
@@ -24,10 +22,12 @@ from torchvision.transforms import functional as TF
 
 import tclip
 from tclip import UserError
-from tclip_app import answers, images
+from tclip_app import answers, images, outlook
 from tclip_app.files import write_whole
+from tclip_app.page import arrow, count, data_uri, folded, percent, section, table, text
 
 SHOWN = 24  # images in a grid: its 3, 6 or 8 columns are full
+STRANGEST = 12
 SAME_KIND = SHOWN // 3  # of them at most so many with the same old and new name
 LISTED_CLASSES, LISTED_PAIRS, LISTED_FILES = 16, 12, 50  # in the lists, before the rest is folded or left out
 
@@ -35,7 +35,7 @@ LISTED_CLASSES, LISTED_PAIRS, LISTED_FILES = 16, 12, 50  # in the lists, before 
 def write_report(folder):
     """Write report.html of the run in this folder, and return its path. UserError: no run has ended there."""
     run, path = Run(Path(folder)), Path(folder, "report.html")
-    sections = headline, curves, class_by_class, noise, surest_changes, least_sure, appendix
+    sections = headline, curves, class_by_class, noise, surest_changes, least_sure, strangest, appendix
     body = "\n".join(section(run) for section in sections)
     template = string.Template(resources.files("tclip_app").joinpath("report.html").read_text(encoding="utf-8"))
     page = template.substitute(title=text(f"tclip: {run.config['dataset']}"), body=body)
@@ -65,6 +65,7 @@ class Run:
             for column in ("teacher_label", "label", "student_label", "truth")
         )
         self.sure = {who: np.array(columns[f"{who}confidence"], float) for who in ("teacher_", "", "student_")}
+        self.familiar = np.array(columns["familiar"], float) if "familiar" in columns else None  # a run of tclip.py
         self.known = self.truth >= 0
         self.right = self.summary["unlabeled_teacher_per_class"], self.summary["unlabeled_student_per_class"]
 
@@ -93,55 +94,6 @@ class Run:
         return [source[where[name]][0] if name in where else None for name in names]
 
 
-# ---- Small helpers: text() is the only way by which anything from outside comes onto the page ------------------------
-def text(value, limit=160):
-    """A value from outside as harmless HTML, for text and attributes: one line, not endless, nothing invisible.
-
-    Control characters and those that turn the direction of the text around them become U+FFFD. Place it in <bdi> where
-    other text follows on the line.
-    """
-    line = " ".join(str(value).split())
-    line = line if len(line) <= limit else line[: limit - 1] + "…"
-    return html.escape(re.sub("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", line))
-
-
-def percent(share, digits=1):
-    """A share as "12.3 %", or "?" for None. (With a space that does not break.)"""
-    return "?" if share is None else f"{100 * share:.{digits}f}\xa0%"
-
-
-def count(number, noun):
-    """1 image, 1,437 images."""
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
-
-
-def arrow(values):
-    """Before → after. A line breaks between them, not within, and the arrow goes with what comes after."""
-    first, *rest = values
-    return " ".join([f"<span>{first}</span>", *(f"<span>→ {value}</span>" for value in rest)])
-
-
-def section(title, lead, *parts):
-    """A section of the page. lead: what is to be seen, in a sentence or two."""
-    return f"<section>\n<h2>{title}</h2>\n<p class=lead>{lead}</p>\n" + "\n".join(parts) + "\n</section>"
-
-
-def folded(title, content):
-    """Content that is shown on a click."""
-    return f"<details><summary>{title}</summary>\n{content}\n</details>"
-
-
-def table(rows):
-    """Rows of (name, value), both from outside, as a table."""
-    rows = [f"<tr><th scope=row><bdi>{text(a)}</bdi></th><td><bdi>{text(b)}</bdi></td></tr>" for a, b in rows]
-    return "<table>" + "\n".join(rows) + "</table>"
-
-
-def data_uri(content, kind):
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
 # ---- The sections, in the order of the page --------------------------------------------------------------------------
 def headline(run):
     """The result in plain words, and what it is the result of."""
@@ -150,7 +102,7 @@ def headline(run):
     tiles = [("labels changed", percent(changed)), ("student’s mean confidence", percent(confidence))]
     if not run.known.any():
         title = f"Student and teacher agree on <b>{percent(summary['agreement'])}</b> of {count(total, 'image')}"
-        lead = NO_TRUTH
+        lead = f"{text(summary.get('outlook', ''), limit=400)} {NO_TRUTH}"
     else:
         before, after = (summary[f"unlabeled_{who}_accuracy"] for who in ("teacher", "student"))
         title = f"Teacher <b class=teacher>{percent(before)}</b> → student <b class=student>{percent(after)}</b> right"
@@ -162,10 +114,9 @@ def headline(run):
         heldout = [summary.get(f"heldout_{who}_accuracy") for who in ("teacher", "student")]
         if heldout[1] is not None:
             tiles.insert(0, ("held-out images", arrow(map(percent, heldout))))
-    unused = np.flatnonzero(np.bincount(run.student, minlength=len(run.classes)) == 0)
-    if len(unused):
-        names = ", ".join(map(run.name, unused[:5])) + ", …" * (len(unused) > 5)
-        lead += f" <strong>The student never says {names}</strong>: {len(unused)} of {len(run.classes)} classes."
+    numbers = (torch.from_numpy(said) for said in (run.teacher, run.label, run.student))
+    for warning in outlook.warnings(*numbers, run.classes):
+        lead += f" <strong><bdi>{text(warning, limit=400)}</bdi>.</strong>"
     facts = [text(config["dataset"]), count(total, "image"), count(len(run.classes), "class")]
     facts += [f"{count(len(run.skipped), 'file')} skipped"] * bool(run.skipped)
     facts += [f"teacher {text(Path(config.get('pseudo_labels') or config['clip']).name)}"]
@@ -298,14 +249,26 @@ def surest_changes(run):
 def least_sure(run):
     """The images that the student is least sure of."""
     shown = np.argsort(run.sure["student_"], kind="stable")[:SHOWN].tolist()
-    captions = [
+    lead = "To label a few images by hand begin here: the student’s name, how sure it is, and the teacher’s name."
+    return section("Where the student is least sure", lead, grid(run, shown, judgements(run, shown)))
+
+
+def strangest(run):
+    """The images that are least typical of the class that the student gives them; nothing where that is not known."""
+    if run.familiar is None:
+        return ""
+    shown = np.argsort(run.familiar, kind="stable")[:STRANGEST].tolist()
+    lead = "To find images of no class begin here: these are the least typical of what the student calls them."
+    return section("Strangest images", lead, grid(run, shown, judgements(run, shown)))
+
+
+def judgements(run, shown):
+    """Captions: what the student says and how sure it is, what the teacher says, and what is true."""
+    return [
         f"<b>{run.name(run.student[i])} <small>{percent(run.sure['student_'][i], 0)}</small></b>"
         f"<span>teacher: {run.name(run.teacher[i])}</span><em>{verified(run, i, run.student[i])}</em>"
         for i in shown
     ]
-    lead = "To label a few images by hand, or to find ones of no class, begin here: the student’s name, how sure it is,"
-    lead += " and the teacher’s name."
-    return section("Where the student is least sure", lead, grid(run, shown, captions))
 
 
 def verified(run, image, name):

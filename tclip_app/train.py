@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import tclip
 from tclip import UserError, setting
-from tclip_app import answers, images
-from tclip_app.files import check_folder, load, write_whole
+from tclip_app import answers, familiarity, images, networks, outlook
+from tclip_app.files import check_folder, load, run_folder, write_whole
+from tclip_app.names import class_numbers
 
 
 @dataclass
@@ -24,17 +26,82 @@ class Settings(tclip.Config):
     classes: str = setting(None, "names of the classes: separated by commas, or a text file with one a line")
     templates: str = setting(None, 'prompt with {} for the class, or a file of prompts ["a photo of a {}.", and "the"]')
     pseudo_labels: str = setting(None, "another teacher's answers: .csv (file,label[,confidence]) or .npz, see README")
+    labels: str = setting(None, "labels that are right, of some images: csv file (file,label), or the word folders")
     truth: str = setting(None, "csv file (file,label), or the word folders; for evaluation alone")
     strict: bool = setting(False, "stop at the first file that is no readable image")
     memory: float = setting(8.0, "gigabytes of pixels that are held in memory; more lie in a file", (0, 1e6))
     size: int = setting(None, "side of the student's images, in pixels [32, 64, 96 or 128, by theirs]", (8, 1024))
+    clip: str = setting(
+        "ViT-B/32", "teacher: OpenAI's, offline, arch:tag or arch:FILE; better: ViT-B-32:datacomp_xl_s13b_b90k"
+    )
+    arch: str = setting("resnet18", "student: resnet8, a resnet of torchvision, or timm:NAME, any network of timm")
+    pretrained: bool = setting(False, "the student begins with timm's weights, which are downloaded, not from scratch")
     out: str = setting(None, "folder of the results [runs/FOLDER, or the next free runs/FOLDER-2, ...]")
 
 
 ALL = {f.name: f for f in fields(Settings)}
-OWN = [ALL[name] for name in ("classes", "templates", "pseudo_labels", "truth", "size", "strict", "memory")]
+OWN = [ALL[name] for name in ("classes", "templates", "pseudo_labels", "labels", "truth", "size", "strict", "memory")]
 METHOD = [f for f in ALL.values() if f not in OWN and f.name not in ("dataset", "root")]
-PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "truth"}  # that say where, not what
+PLACES = {"root", "cache", "device", "memory", "pseudo_labels", "labels", "truth"}  # that say where, not what
+
+
+def run(config, resumed):
+    """A whole run on a folder of images. Returns the summary, a dict, of the first process."""
+    classes, read_images, learned = config.classes.split("\n"), [], []
+    pretrained = config.pretrained and not (resumed and Path(config.out, "checkpoint.pt").exists())
+    torch.manual_seed(config.seed)
+    student = networks.build(config.arch, len(classes), config.size, pretrained)  # what is wrong is told before reading
+
+    def read_once(config):
+        read_images.append(read(config)[0])
+        return read_images[0], None, classes
+
+    def learn(*tables):
+        labels = partial(TrustedLabels, trusted=read_images[0].trusted)
+        learned[:] = tclip.train(*tables, student=student, labels=labels)
+        return learned
+
+    if summary := tclip.run(config, read_once, resumed, learn):
+        out, labels = Path(summary["out"]), learned[1].targets(slice(None)).cpu()
+        probs, features = familiarity.predict(student, read_images[0].pixels)
+        familiarity.add_to_run(out, probs, features)
+        summary |= outlook.summary(read_images[0].probs, labels, probs, classes)
+        write_whole(out / "summary.json", partial(json.dump, summary, indent=1), "w")
+    return summary
+
+
+@dataclass
+class Images(tclip.Images):
+    """The images of a folder."""
+
+    trusted: torch.Tensor = None  # int64 (N,), labels that training may know to be right; -1 where there is none
+
+
+class TrustedLabels(tclip.EnsembleLabels):
+    """EnsembleLabels of which some are known to be right: they stay, and are what is said of these images.
+
+    trusted: int64 (N,), class numbers, -1 for images whose class is not known.
+    """
+
+    def __init__(self, probs, *settings, trusted):
+        self.trusted = trusted.to(probs.device)
+        super().__init__(self.corrected(probs, slice(None)), *settings)
+        self.register_buffer("trusted", self.__dict__.pop("trusted"))  # a run that goes on knows what it knew
+        for labels in (self.answers, self.table):  # known shares of the classes have moved them
+            labels.copy_(self.corrected(labels, slice(None)).clamp_min(1e-6))
+
+    def corrected(self, labels, index):
+        """The labels (B, C) of the images `index`, with those that are known in place."""
+        known = self.trusted[index, None]  # (B, 1)
+        return torch.where(known < 0, labels, F.one_hot(known[:, 0].clamp_min(0), labels.shape[1]).to(labels))
+
+    def update(self, index, said, places):
+        near = super().update(index, self.corrected(said, index), places)
+        self.table[index] = self.corrected(self.table[index], index).clamp_min(1e-6)
+        return near
+
+    def final(self, predictions):
+        return self.corrected(super().final(predictions), slice(None))
 
 
 def begin(given):
@@ -44,16 +111,19 @@ def begin(given):
         raise UserError("tclip train needs a folder of images, or --resume RUN")
     root = Path(given["root"])
     images.find(root)
+    check_effect(given)
     classes = answers.listed(given["classes"], ",") if "classes" in given else None
+    if classes and len(classes) < 2 and not os.path.isfile(given["classes"]):
+        raise UserError(f"--classes {classes[0]}: there is no such file, and of classes two are needed at least")
     if "pseudo_labels" in given:
         classes = answers.read_pseudo_labels(given["pseudo_labels"], classes)[1]
     if not classes:
         raise UserError('tclip train needs the names of the classes: --classes "cat,dog"')
-    answers.class_numbers([], classes, "--classes")
+    class_numbers([], classes, "--classes")
     prompts = answers.listed(given["templates"]) if "templates" in given else ["a photo of a {}.", "a photo of the {}."]
     if not all("{}" in prompt for prompt in prompts):
-        raise UserError('--templates: each needs {} for the class name, as "a photo of a {}."')
-    check_prior(given.get("class_prior", "none"), classes)
+        raise UserError('--templates: no such file, or a prompt without {} for the class, as in "a photo of a {}."')
+    given |= dict(class_prior=answers.class_prior(given.get("class_prior", "none"), classes))
     out = given.get("out", "runs")
     check_folder(out)
     if Path(out).resolve().is_relative_to(root):
@@ -63,22 +133,36 @@ def begin(given):
     return Settings(**dict(size=given.get("size") or images.usual_size(root)) | given)
 
 
-def check_prior(prior, classes):
-    """UserError: these are no shares of the classes, as Config.class_prior has them. Labels in float16 need some."""
-    try:
-        shares = [] if prior in ("none", "uniform") else [float(share) for share in prior.split(",")]
-    except ValueError:
-        shares = [0]
-    if shares and not (len(shares) == len(classes) and min(shares) >= 1e-5 * sum(shares) > 0):
-        wanted = f"{len(classes)} numbers, none below 0.00001 of the sum, for {', '.join(classes[:20])}"
-        raise UserError(f"--class-prior {prior}: uniform, or {wanted}")
+def check_effect(given):
+    """UserError: a setting is given that has no effect beside the others."""
+    for useless, why, names in (
+        ("pseudo_labels" in given, "beside --pseudo-labels", ("clip", "templates", "cache")),
+        (given.get("label_momentum") == 1, "with --label-momentum 1", ("label_neighbours",)),
+        (given.get("c3l_weight") == 0, "with --c3l-weight 0", ("temperature", "class_share")),
+    ):
+        if useless and (idle := [name for name in names if name in given]):
+            raise UserError(f"--{idle[0].replace('_', '-')} has no effect {why}: leave it out")
+
+
+def check_machine(config):
+    """UserError: there is no place for CLIP's features, or no compiler where --compile needs one."""
+    if not config.pseudo_labels and config.cache != "none":
+        check_folder(config.cache, "; choose another --cache, or none")
+    if config.compile:
+        try:
+            torch.compile(torch.neg)(torch.ones(8, device=config.device))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"--compile: {reason}") from error
 
 
 def resume(run, given):
     """The Settings of the run in that folder, which goes on; where things lie may be given anew.
 
-    UserError: other settings are given, there is no such run, or its checkpoint is damaged.
+    run: the folder, or a file in it. UserError: other settings are given, there is no such run, or its checkpoint is
+    damaged.
     """
+    run = str(run_folder(run))
     if fixed := given.keys() - PLACES:
         raise UserError(f"--resume takes --{min(fixed).replace('_', '-')} from {run}/config.json: leave it out")
     try:
@@ -95,7 +179,7 @@ def resume(run, given):
 
 def absolute(given):
     """The settings with whole paths: a run can go on from another folder."""
-    places = [name for name in ("root", "pseudo_labels", "truth") if given.get(name) not in (None, "folders")]
+    places = [name for name in ("root", "pseudo_labels", "labels", "truth") if given.get(name) not in (None, "folders")]
     return given | {name: os.path.abspath(given[name]) for name in places}
 
 
@@ -109,6 +193,7 @@ def read(config):
         features, said = None, answers.read_pseudo_labels(config.pseudo_labels, classes)
     else:
         clip = tclip.Clip(config.clip, config.device)
+        whole_texts(clip, classes, config.templates.split("\n"))
         prompts = tclip.text_classifier(clip.encode_texts, classes, config.templates.split("\n"))  # (C, D)
         features = images.KeptFeatures(clip, images.features_file(config.cache, config.dataset, clip.name))
     how = dict(memory=config.memory, strict=config.strict, as_file=world > 1)
@@ -118,13 +203,30 @@ def read(config):
         probs, rows = answers.match(names, said[0], said[2], said[3])
     else:
         probs = tclip.zero_shot_probs(rows, prompts, clip.temperature)
+    answers.tell_unsaid(probs, classes)
     truth = answers.read_truth(config.truth, names, classes)
+    trusted = answers.read_truth(config.labels, names, classes, "--labels")
+    truth[trusted >= 0] = -1  # what training knows is no matter of evaluation
     if world > 1:
-        tables = dict(probs=probs, truth=truth) | (dict() if rows is None else dict(features=rows))
+        tables = dict(probs=probs, truth=truth, trusted=trusted) | (dict() if rows is None else dict(features=rows))
         shared = out / "shared.npz"
         atexit.register(shared.unlink, missing_ok=True)
         write_whole(shared, lambda draft: np.savez(draft, **tables))
-    return tclip.Images(names, pixels, truth, probs, rows), None, classes
+    return Images(names, pixels, truth, probs, rows, trusted), None, classes
+
+
+def whole_texts(clip, classes, prompts):
+    """Tell of which classes CLIP does not read the prompts to their ends. UserError: two are one class to it."""
+    cut, seen = [], {}
+    for name in classes:
+        texts = [prompt.replace("{}", name) for prompt in prompts]
+        tokens = clip.tokenize(texts)  # (P, 77)
+        if (tokens == clip.tokenize([text + " and more" for text in texts])).all(1).any():  # which makes no difference
+            cut.append(name)
+        if (other := seen.setdefault(tuple(tokens.flatten().tolist()), name)) != name:
+            raise UserError(f"to CLIP, which reads {tokens.shape[1]} tokens, {other!r} and {name!r} are the same text")
+    if cut:
+        images.tell(f"CLIP reads {tokens.shape[1]} tokens, and not the ends of {len(cut)} classes, such as {cut[0]!r}")
 
 
 def same_images(config, names):
@@ -148,4 +250,4 @@ def taken_over(config):
     names = json.loads((out / "images.json").read_text(encoding="utf-8"))
     with np.load(out / "shared.npz", allow_pickle=False) as tables:
         tables = {name: torch.from_numpy(table) for name, table in tables.items()}
-    return tclip.Images(names, images.map_pixels(out, (len(names), 3, config.size, config.size)), **tables)
+    return Images(names, images.map_pixels(out, (len(names), 3, config.size, config.size)), **tables)

@@ -6,15 +6,25 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
 
+import matplotlib
 import numpy as np
+import open_clip
 import pytest
 import torch
 from conftest import coloured, rows_of
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.metrics import ConfusionMatrixDisplay
 
 import tclip
+from tclip_app import fonts, train
 from tclip_app.cli import main
 from tclip_app.files import load_student, write_whole
 
@@ -39,7 +49,9 @@ def given(tmp_path_factory):
     said = [dict(label=COLOURS[c], confidence=p) for p, c in zip(*(x.tolist() for x in probs.max(1)))]
     tclip.write_csv(root / "teacher.csv", [dict(file=f"{i:02d}.png") | row for i, row in enumerate(said)])
     tclip.write_csv(root / "truth.csv", [dict(file=f"{i:02d}.png", label=COLOURS[i % 3]) for i in range(60)])
+    tclip.write_csv(root / "known.csv", [dict(file=f"{i:02d}.png", label=COLOURS[(i + 1) % 3]) for i in (4, 9)])
     files = ["train", root / "photos", "--pseudo-labels", root / "teacher.csv", "--truth", root / "truth.csv"]
+    files += ["--labels", root / "known.csv"]  # which are wrong: only who trusts them says so
     how = "--classes red,green,blue --class-prior 0.3,0.3,0.4 --size 8 --arch resnet8 --epochs 4 --batch-size 16"
     return [*files, *how.split(), *"--label-neighbours 5 --device cpu --views writing".split()]
 
@@ -101,7 +113,8 @@ def test_predictions(whole, given, tmp_path, monkeypatch, nursery):
     child = nursery.tclip("predict", given[1], "--model", whole / "model.pt", cwd=tmp_path, before=code)
     assert child.wait() == 0 and "1 of 61 files" in child.output, child.output
     rows = rows_of(tmp_path / "runs/predict-photos/predictions.csv")
-    assert list(rows[0]) == ["file", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3"]
+    columns = ["file", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3", "familiar"]
+    assert list(rows[0]) == columns
     student, classes = load_student(whole / "model.pt")
     pixels = torch.stack([tclip.square(Image.open(given[1] / row["file"]), 8) for row in rows])
     for row, probs in zip(rows, student(pixels.float() / 255)[0].softmax(1)):
@@ -113,6 +126,16 @@ def test_predictions(whole, given, tmp_path, monkeypatch, nursery):
         call("predict", given[1] / "05.png", "--model", whole / "model.pt", "--device", "cpu")
         (row,) = rows_of(tmp_path / "runs" / folder / "predictions.csv")
         assert row in rows and row["file"] == "05.png"
+
+
+def test_known_labels(whole):
+    """What is known stays, whatever teacher and truth say; other labels may move."""
+    rows = {row["file"]: row for row in rows_of(whole / "labels.csv")}
+    known = {"04.png": "blue", "09.png": "green"}
+    assert all(rows[name]["label"] == label and float(rows[name]["confidence"]) > 0.99 for name, label in known.items())
+    assert all(rows[name]["teacher_label"] != label != rows[name]["truth"] for name, label in known.items())
+    right = [row["label"] == row["truth"] for name, row in rows.items() if name not in known]
+    assert np.mean(right) > 0.9
 
 
 CUT = """
@@ -182,16 +205,16 @@ def test_damaged_run(name, change, word, whole, tmp_path):
 def test_moved(given, whole, tmp_path, monkeypatch):
     """Images, run and truth may lie elsewhere when a run goes on; its report then finds them there."""
     monkeypatch.chdir(tmp_path)
-    for path in (given[1], given[3], given[5]):
+    for path in (given[1], given[3], given[5], given[7]):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / f"moved {path.name}")
     shutil.copytree(whole, "elsewhere")
-    gone = dict(root="/gone", truth="/gone", pseudo_labels="/gone")
+    gone = dict(root="/gone", truth="/gone", pseudo_labels="/gone", labels="/gone")
     config = json.loads((whole / "config.json").read_text()) | gone
     (tmp_path / "elsewhere/config.json").write_text(json.dumps(config))
     os.remove("elsewhere/labels.csv")
     with pytest.raises(tclip.UserError, match="gone"):
         call("train", "--resume", "elsewhere")
-    places = ("--truth", "moved truth.csv", "--pseudo-labels", "moved teacher.csv")
+    places = "--truth", "moved truth.csv", "--pseudo-labels", "moved teacher.csv", "--labels", "moved known.csv"
     call("train", "moved photos", "--resume", "elsewhere", *places)
     same_results(tmp_path / "elsewhere", whole)
     assert json.loads((tmp_path / "elsewhere/config.json").read_text())["root"] == str(tmp_path / "moved photos")
@@ -237,7 +260,7 @@ def test_bugs_keep_their_traceback(given, nursery, tmp_path):
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        ("train", "needs a folder"), ("train photos", "names of the classes"), ("train photos --classes a", "two cl"),
+        ("train", "needs a folder"), ("train photos", "names of the cl"), ("train photos --classes a.x", "a.x: th"),
         ("train photos --classes a,A", "two classes"), ("train photos --classes a,b --templates x", "--templates"),
         ("train none --classes a,b", "no such folder"), ("train photos --classes a,b --size 4", "--size 4"),
         ("train . --classes a,b", "among the images"), ("train photos --classes a,b --out photos/x", "among the"),
@@ -252,6 +275,14 @@ def test_bugs_keep_their_traceback(given, nursery, tmp_path):
           for prior in ("1,2,3", ".5", "1,x", "1,0", "1,1e-9", "0,0", "1,nan", "1,inf", "even")),
         ("train photos --classes a,b --out a.csv/x", "a.csv/x: Not a"), ("train photos --resume a.csv", "config.json"),
         ("train photos --classes a,b --out " + 300 * "x", "name too long"),
+        ("train photos --classes a,b,B", "'b' and 'B'"), ("train photos --classes a,b,b", "'b' is named 2 times"),
+        *((f"train photos --pseudo-labels a.csv --arch x --{s}", f"--{s.split()[0]} has no effect")
+          for s in ("clip ViT-B/32", "templates {}", "cache x")),
+        ("train photos --classes a,b --label-momentum 1 --label-neighbours 3", "--label-neighbours has no effect"),
+        ("train photos --classes a,b --c3l-weight 0 --temperature 1", "--temperature has no effect"),
+        ("train photos --pseudo-labels a.csv --labels none.csv", "none.csv"),
+        ("train photos --pseudo-labels a.csv --labels other.csv", "--labels .*other.csv tells nothing of the 1 files"),
+        ("train photos --pseudo-labels a.csv --labels mule.csv", "mule.csv: 'mule' is not among the classes a, b"),
         ("train lines --pseudo-labels a.csv --arch resnet8 --strict", "cannot read new line.png"),
     ],
 )  # fmt: skip
@@ -264,9 +295,86 @@ def test_mistakes(arguments, word, tmp_path, monkeypatch):
     for name in ("texts/1.png", "lines/new\nline.png"):
         (tmp_path / name).write_text("text")
     (tmp_path / "a.csv").write_text("file,label\n1.png,a\n2.png,b\n")
+    (tmp_path / "other.csv").write_text("file,label\n3.png,a\n")
+    (tmp_path / "mule.csv").write_text("file,label\n1.png,mule\n")
     with pytest.raises(tclip.UserError, match=f"(?i){word}") as error:
         call(*arguments.split(" "))
     assert "\n" not in str(error.value)
+
+
+def test_places(given, whole, tmp_path, monkeypatch):
+    """~ is the home, also after a =; a run's folder, and files in it, stand for each other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = shutil.copytree(whole, tmp_path / "home/run")
+    shutil.copy(given[1] / "05.png", run.parent)
+    os.remove(run / "labels.csv")
+    call("train", "--resume", "~/run/checkpoint.pt")
+    same_results(run, whole)
+    call("report", "~/run/report.html")
+    call("predict", "~/05.png", "--model=~/run", "--out=~/said", "--device", "cpu")
+    assert rows_of("home/said/predictions.csv")[0]["file"] == "05.png" and os.listdir() == ["home"]
+
+
+UNREAD = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 1)"
+
+
+@pytest.mark.parametrize("before", ["sys.stdout.reconfigure(encoding='cp1252')", "sys.stderr = None", UNREAD])
+def test_streams(before, given, whole, nursery, tmp_path):
+    """Whatever the terminal is, or where there is none, a run ends well."""
+    child = nursery.tclip(*given, "--out", "日本", cwd=tmp_path, before=f"import sys; {before}")
+    assert child.wait() == 0 and "Error" not in child.output, child.output
+    same_results(tmp_path / "日本", whole)
+    assert (r"\u65e5\u672c" if "cp1252" in before else "" if before == UNREAD else "日本") in child.output
+
+
+def test_user_without_a_name(tmp_path, monkeypatch):
+    """As in a container: the command starts, and asks for a place for CLIP's features. (Here without docstrings.)"""
+    code = "import pwd; pwd.getpwuid = lambda uid: {}[uid]; import tclip_app.cli as cli; cli.main()"
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (9, 9)).save(photos / "1.png")
+    arguments = "train", photos, "--classes", "a,b", "--out", tmp_path / "run"
+    environment = {
+        name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")
+    }
+    how = dict(cwd=Path(tclip.__file__).parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-OO", "-c", code, *arguments], **how)
+    assert done.returncode == 1 and not (tmp_path / "run").exists() and "Traceback" not in done.stderr
+    assert done.stderr.endswith("\ncannot write in ~/.cache/tclip: no home; choose another --cache, or none\n")
+
+
+def test_no_compiler(given, monkeypatch):
+    """--compile without one: a line, before anything is read."""
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/none"))
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+    with pytest.raises(tclip.UserError, match="^--compile: .*compiler.*/none") as error:
+        call(*given, "--compile", "--out", "none")
+    assert "\n" not in str(error.value) and not os.path.exists("none")
+
+
+def test_fonts(capsys):
+    """Class names are drawn in a font that has them; where there is none pictures have no names, which is told."""
+    assert fonts.settings_for(["cat", "caf\u00e9"]) == {}
+    has = {font.name: set(get_font(font.fname).get_charmap()) for font in fontManager.ttflist}
+    other = min(has["STIXGeneral"] - has["DejaVu Sans"])
+    chosen = fonts.settings_for(["cat", chr(other)])["font.family"]
+    assert chosen[0] == "sans-serif" and other in has[chosen[1]] and not capsys.readouterr().err
+    with matplotlib.rc_context(fonts.settings_for(["cat", "\U000e0fff"])):
+        ax = ConfusionMatrixDisplay(np.eye(2), display_labels=["cat", "\U000e0fff"]).plot(ax=Figure().subplots()).ax_
+    assert not any(tick.label1.get_visible() for axis in (ax.xaxis, ax.yaxis) for tick in axis.get_major_ticks())
+    assert capsys.readouterr().err.count("noise.png has no names") == 1
+
+
+def test_texts_that_clip_cuts(capsys):
+    """Descriptions that CLIP does not read to their ends are told; two that are one to it are an error."""
+    clip, long = types.SimpleNamespace(tokenize=open_clip.tokenize), "very " * 80
+    train.whole_texts(clip, ["cat", "dog"], ["a photo of a {}.", "{}"])
+    assert not capsys.readouterr().err
+    train.whole_texts(clip, ["cat", f"dog {long}", f"{long}"], ["a photo of a {}."])
+    assert "not the ends of 2 classes, such as 'dog very" in capsys.readouterr().err
+    with pytest.raises(tclip.UserError, match="77 tokens, .*'very .*cat' and 'very .*dog' are the same"):
+        train.whole_texts(clip, [f"{long}cat", f"{long}dog"], ["a photo of a {}.", "{}"])
 
 
 def test_write_protected(given, whole, tmp_path, monkeypatch):

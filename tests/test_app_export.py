@@ -10,6 +10,7 @@ from conftest import Bomb
 
 import tclip
 from tclip_app.cli import main
+from tclip_app.familiarity import Familiarity, load_familiarity, predict
 from tclip_app.files import load_student
 
 CLASSES = ["red", "grün", "blue, dark"]
@@ -21,29 +22,42 @@ def model(tmp_path_factory):
     torch.manual_seed(0)
     student = tclip.Student("resnet8", 3, 16).train()
     student(torch.rand(64, 3, 16, 16))
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    torch.save(dict(arch="resnet8", size=16, classes=CLASSES, student=student.state_dict()), path)
+    path, typical = tmp_path_factory.mktemp("model") / "model.pt", Familiarity(3, 128)
+    _, features = predict(student, torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8))
+    typical.fit(features, torch.arange(64) % 3)
+    content = dict(arch="resnet8", size=16, classes=CLASSES, student=student.state_dict())
+    torch.save(content | dict(familiarity=typical.state_dict()), path)
     return path
 
 
-def test_export(model):
-    """ONNX Runtime gives tclip's own probabilities, from uint8 pixels, for a batch of any size, by the file alone; with
-    the metadata of the safetensors file its weights are the same student again, to the bit."""
+@pytest.mark.parametrize("familiar", [True, False])
+def test_export(model, familiar, tmp_path):
+    """ONNX Runtime gives tclip's own probabilities, from uint8 pixels, for a batch of any size, by the file alone, and
+    how familiar images are where model.pt holds that; with the metadata of the safetensors file its weights are the
+    same student again, to the bit."""
     onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
     safetensors = pytest.importorskip("safetensors.torch")
     pytest.importorskip("onnxscript")
+    content = torch.load(model, weights_only=True)
+    model = tmp_path / "model.pt"
+    torch.save({key: value for key, value in content.items() if familiar or key != "familiarity"}, model)
     main(["export", str(model)])
     assert {file.name for file in model.parent.iterdir()} == {"model.pt", "model.onnx", "model.safetensors"}
     file, student = model.with_suffix(".onnx"), load_student(model)[0]
     onnx.checker.check_model(onnx.load(file), full_check=True)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (given,), (returned,) = session.get_inputs(), session.get_outputs()
+    (given,), (returned, *others) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.type, given.shape[1:]) == ("pixels", "tensor(uint8)", [3, 16, 16])
     assert (returned.name, returned.type) == ("probs", "tensor(float)")
+    assert [output.name for output in others] == ["familiar"] * familiar
     for n in (1, 3, 17):
         pixels = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8)
-        (probs,) = session.run(None, {"pixels": pixels.numpy()})
+        probs, *shares = session.run(None, {"pixels": pixels.numpy()})
         np.testing.assert_allclose(probs, tclip.predict(student, pixels), atol=1e-5)
+        if familiar:
+            expected = load_familiarity(model)(predict(student, pixels)[1], torch.from_numpy(probs).argmax(1))
+            np.testing.assert_allclose(shares[0], expected, atol=0.0021)  # steps of 0.001
+            assert n < 17 or shares[0].std() > 0.1
     about = session.get_modelmeta().custom_metadata_map
     with safetensors.safe_open(model.with_suffix(".safetensors"), "pt") as content:
         assert content.metadata() == about

@@ -5,6 +5,7 @@ import io
 import os
 import random
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -149,7 +150,9 @@ def lay_everything(root, outside):
         Image.new("RGB", (SIZE, SIZE)).save(outside)
         for i, name in enumerate([*map(os.fsencode, NAMES), b"caf\xe9 \xff"]):
             Image.new("RGB", (SIZE, SIZE), (i, 9, 9)).save(os.fsencode(root) + b"/" + name, format="PNG")
-            seen[name.decode(errors="backslashreplace")] = np.full((SIZE, SIZE, 3), (i, 9, 9))
+            seen[unicodedata.normalize("NFC", name.decode(errors="backslashreplace"))] = np.full(
+                (SIZE, SIZE, 3), (i, 9, 9)
+            )
         (root / "link inside.png").symlink_to("a/b/c/d/nested.png")
         seen["link inside.png"] = seen["a/b/c/d/nested.png"]
         os.mkfifo(root / "pipe.png")
@@ -160,17 +163,21 @@ def lay_everything(root, outside):
         bad |= {"pipe.png", *(f"link {name}" for name in links)}
     for name in (".DS_Store", "a/.DS_Store", "a/._b.png", "Thumbs.db", "desktop.ini"):  # what systems lay there
         (root / name).write_bytes(b"not an image")
+    for name in (".ipynb_checkpoints", "a/@eaDir", "a/.trash/b", "__MACOSX/a"):  # copies, by other programs
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (SIZE, SIZE)).save(root / name / "copy.png")
     assert len(seen) > 140 and len(bad) > 15
     return seen, bad
 
 
-def test_odd_files(tmp_path):
+def test_odd_files(tmp_path, capsys):
     """Each file is read or skipped: none is lost, none invented. Whatever the mode, the depth, the transparency and the
     EXIF: the colours are those that one would see. strict: the first file that is no image is named in one line."""
     (root := tmp_path / "photos").mkdir()
     seen, bad = lay_everything(root, tmp_path / "outside.png")
     names, all_pixels, _ = read_folder(root, SIZE, tmp_path)
     skipped = rows_of(tmp_path / "skipped.csv")
+    assert "\n4 files in folders of the system are left out, such as " in "\n" + capsys.readouterr().err
     assert sorted(names) == sorted(seen) and sorted(row["file"] for row in skipped) == sorted(bad)
     why = {row["file"]: row["reason"] for row in skipped}
     assert all(why.values()) and "\n" not in "".join(why.values()) and "exceeds limit" in why["bomb.png"]

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import write_cifar10
+from conftest import rows_of, write_cifar10
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -50,6 +50,7 @@ def lay_run(root, /, classes=None, truth=True, names=None, size=12, **config):
     for who, prefix in (("teacher", "teacher_"), ("label", ""), ("student", "student_")):
         columns[f"{prefix}label"] = [classes[c] for c in said[who].argmax(1)]
         columns[f"{prefix}confidence"] = said[who].amax(1).tolist()
+    columns |= dict(familiar=torch.rand(N, generator=draw).tolist())
     columns |= dict(truth=[classes[c] if c >= 0 else "" for c in right]) if truth else {}
     tclip.write_csv(run / "labels.csv", [dict(zip(columns, row)) for row in zip(*columns.values())])
     history = [dict(loss=9 - e, classification=2, contrastive=7 - e, labels_changed=0.05 * e) for e in (1, 2, 3)]
@@ -146,6 +147,11 @@ def test_grids(tmp_path):
     for title, shown, who in (
         ("Surest changes", changed[:24], "label"),
         ("Where the student is least sure", np.argsort(student, kind="stable")[:24], "student"),
+        (
+            "Strangest images",
+            np.argsort([float(row["familiar"]) for row in rows_of(run / "labels.csv")])[:12],
+            "student",
+        ),
     ):
         figures = re.findall("<figure>(.*?)</figure>", section_of(page, title), re.S)
         assert len(figures) == len(shown)
@@ -180,11 +186,11 @@ def test_run_on_a_data_set(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "download", None)
     run, *_ = lay_run(tmp_path, names=list(shown)[:N], dataset=dataset, root=str(tmp_path / "data"))
     figures = re.findall(r'base64,([^"]*)" width=(\d+) height=\2 alt="(\d+)"', page_of(run))
-    assert len(figures) == 48
+    assert len(figures) == 60
     for data, _, name in figures:
         assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), shown[name].convert("RGB"))
     shutil.rmtree(tmp_path / "data", ignore_errors=True)
-    assert page_of(run).count("<img") == (49 if dataset == "digits" else 1)
+    assert page_of(run).count("<img") == (61 if dataset == "digits" else 1)
 
 
 def test_no_finished_run(tmp_path):

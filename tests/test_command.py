@@ -1,7 +1,9 @@
 """The command line: what a run leaves behind, how it goes on, and how mistakes are answered."""
 
+import io
 import json
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -94,6 +96,26 @@ def test_folders_and_interruption(tmp_path, monkeypatch):
         tclip.claim_folder(Config(out="runs/digits"))
     with pytest.raises(UserError, match="^stopped; go on with --resume run$"):
         tclip.run(Config(out="run"), lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+
+
+def test_class_prior(tmp_path, monkeypatch):
+    """Shares in the order of the classes, of any sum; wrong ones are told before CLIP is asked."""
+    assert tclip.class_shares("none", 3) is None
+    assert [tclip.class_shares(prior, 3).tolist() for prior in ("uniform", "5, 3,2")] == [[1, 1, 1], [5, 3, 2]]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tclip, "Clip", None)
+    for prior in ("1,2", "even", "1,1,1,1,1,1,1,1,1,0", "1,1,1,1,1,1,1,1,1,1e-9", "1,1,1,1,1,1,1,1,1,nan", ""):
+        with pytest.raises(UserError, match=f"^--class-prior {prior}: none, uniform, or 10 numbers[^\n]*$"):
+            main(["--class-prior", prior])
+
+
+def test_home_and_streams(tmp_path, monkeypatch):
+    """~ is the home after a =, too; closed streams, and one that lacks characters, do not end a run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    main([*SMALL, "--out=~/日本"])
+    assert (tmp_path / "日本/summary.json").exists()
 
 
 MISTAKES = """--dataset cifar11: choose from digits, cifar10

@@ -91,7 +91,7 @@ def test_copies():
         results.append([where["zero_shot_probs"](features, texts), loss, labels.table])
     assert all(map(torch.equal, *results)) and not torch.equal(labels.table.float(), probs)
 
-    imports = SOURCE[SOURCE.index("import argparse") : SOURCE.index("# ==== Settings")]
+    imports = SOURCE[SOURCE.index("import csv") : SOURCE.index("# ==== Settings")]
     student, labels = copied("Pseudo-labels", "Evaluation", imports)["train"](settings(epochs=2), *coloured())
     expected, table = tclip.train(settings(epochs=2), *coloured())
     assert torch.equal(labels.table, table.table)

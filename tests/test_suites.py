@@ -1,6 +1,7 @@
 """The benchmark's suites, on tiny files laid out as the real ones; its command; and the labels of WHU-RS19."""
 
 import io
+import json
 import sys
 import tarfile
 import zipfile
@@ -18,8 +19,10 @@ import tclip
 
 sys.path.insert(0, str(ROOT / "tutorials/benchmark"))
 import annotator  # noqa: E402
+import few_labels  # noqa: E402
 import run  # noqa: E402
 import suites  # noqa: E402
+import unknown  # noqa: E402
 import whurs19  # noqa: E402
 
 CIFAR10 = tclip.DATASETS["cifar10"]["classes"]
@@ -200,6 +203,17 @@ def test_command(tiny_suite, tmp_path, capsys, monkeypatch):
     assert done == [("GCE", 1), ("GCE", 0)] and "| tclip |" not in capsys.readouterr().out.split("somebody")[-1]
 
 
+def test_class_prior(tiny_suite, tmp_path, monkeypatch):
+    """Where it is asked for a method is told how many images each class has; such rows have a file of their own."""
+    told, train = [], tclip.train
+    monkeypatch.setattr(tclip, "train", lambda config, *rest: told.append(config.class_prior) or train(config, *rest))
+    for prior in ("right", "none"):
+        command(tmp_path, "--methods", "tclip", "--seeds", "2", "--class-prior", prior)
+    assert told == ["7,7,6", "7,7,6", "none", "none"]
+    priors = [json.loads(row["settings"])["class_prior"] for row in rows_of(tmp_path / "digits-right-1-epochs.csv")]
+    assert priors == ["right", "right"] and (tmp_path / "digits-1-epochs.csv").exists()
+
+
 def test_all(tiny_suite, tmp_path, capsys, monkeypatch):
     """It does all of the plan, says before how much that is, and a second time finds nothing to do; tables of both."""
     plan = (
@@ -235,6 +249,7 @@ def test_row(tiny_suite):
     right = {name: (probs.argmax(1) == images.truth).float() for name, probs in said.items()}
     right["heldout"] = (tclip.predict(student, t.heldout.pixels).argmax(1) == t.heldout.truth).float()
     assert {name: row[name] for name in right} == pytest.approx({name: x.mean().item() for name, x in right.items()})
+    assert row["expected"] == run.outlook.expected_accuracy(images.probs, labels, said["unlabeled"])
     assert row["worst_class"] == pytest.approx(min(right["unlabeled"][images.truth == c].mean() for c in range(3)))
     ceiling = run.load("digits", settings(), 7, "truth").unlabeled
     assert row["teacher_heldout"] == "" and run.accuracy(ceiling.probs, ceiling.truth) == 1 and len(ceiling.names) == 7
@@ -246,6 +261,24 @@ def test_table():
     rows = [row | dict(seed=i, unlabeled=u, heldout=0.25) for i, u in enumerate((0.5, 0.6, 0.7))]
     lines = run.table(run.summarise(rows)).splitlines()
     assert lines[2:] == ["| teacher: t | 50.0 |  |  |  |  |  |", "| m | 60.0 ± 10.0 | 25.0 | 0.0 |  | 2 | 3 |"]
+
+
+def test_expectations(tiny_suite, tmp_path, capsys):
+    """Estimates against what came true, by hand; also beside rows of an older version, which have none."""
+    with pytest.raises(tclip.UserError, match="no results"):
+        command(tmp_path, "--expected")
+    command(tmp_path, "--methods", "tclip", "--seeds", "1")
+    row = rows_of(path := tmp_path / "digits-1-epochs.csv")[0]
+    tclip.write_csv(path, [{name: value for name, value in row.items() if name != "expected"}])
+    command(tmp_path, "--methods", "tclip", "--seeds", "2")
+    assert [bool(row["expected"]) for row in rows_of(path)] == [False, True]
+    tclip.write_csv(path, [row | dict(expected=expected, unlabeled=0.6) for expected in (0.5, 0.9)])
+    tclip.write_csv(tmp_path / "other.csv", [dict(suite="whurs19", labels=1)])
+    capsys.readouterr()
+    command(tmp_path, "--expected")
+    *_, line, _, last = capsys.readouterr().out.splitlines()
+    assert line == "| digits-1-epochs, tclip | 70.0 | 60.0 | 20.0 | 2 |"
+    assert last == "tclip: 20.0 points off in the mean of 1 files, 30.0 at worst."
 
 
 @pytest.mark.parametrize("options", ["--methods nonsense", "--seeds 0", "--images 0", "--epochs -1"])
@@ -287,3 +320,43 @@ def test_whurs19(reference, tmp_path, capsys):
     of = {name: [float(x) for x in cells] for _, name, *cells, _ in (map(str.strip, line.split("|")) for line in lines)}
     assert all(ours > teacher + 2 for ours, teacher in zip(of["tclip's labels"], of["zero-shot"]))
     assert of["EM of Gaussians"][0] > of["zero-shot"][0] + 10 and of["balance"][2] < of["zero-shot"][2]
+
+
+def test_left_out(root):
+    """Two classes are gone from names, unlabeled images and answers, whose other columns keep their proportions; their
+    held-out images are what is unknown."""
+    whole = task(root, "eurosat-gpt4v")
+    part, names, others = unknown.left_out(whole, seed=1)
+    assert sorted(part.classes + names) == whole.classes and len(names) == 2
+    for images, every in ((part.unlabeled, whole.unlabeled), (part.heldout, whole.heldout)):
+        assert images.names == [name for name in every.names if name.split("/")[0] not in names]
+        assert [part.classes[c] for c in images.truth] == [name.split("/")[0] for name in images.names]
+    rows = [whole.unlabeled.names.index(name) for name in part.unlabeled.names]
+    probs = whole.unlabeled.probs[rows][:, [whole.classes.index(name) for name in part.classes]]
+    torch.testing.assert_close(part.unlabeled.probs, F.normalize(probs, p=1, dim=1), rtol=0, atol=1e-4)
+    assert len(others) == sum(name.split("/")[0] in names for name in whole.heldout.names) > 0
+
+
+@pytest.mark.parametrize("study, rows", [(unknown, 3), (few_labels, 3)], ids=["unknown", "few_labels"])
+def test_studies(study, rows, tmp_path, monkeypatch, capsys):
+    """One command trains, writes its rows and prints them in a table; given again it prints the same, and trains
+    nothing."""
+    monkeypatch.setattr(few_labels, "COUNTS", (0, 1))
+    monkeypatch.setitem(suites.SUITES, "digits", replace(suites.SUITES["digits"], images=200))
+    arguments = ["--suites", "digits", "--seeds", "1", "--epochs", "1", "--results", str(tmp_path)]
+    study.main(arguments)
+    printed, written = capsys.readouterr().out, rows_of(next(tmp_path.glob("*.csv")))
+    assert len(written) == rows and printed.count("\n") >= rows + 2
+    if study is unknown:
+        assert {row["unknown"]: float(row["familiarity"]) > 0.8 for row in written}["noise"]
+    monkeypatch.setattr(tclip, "train", None)
+    study.main(arguments)
+    assert capsys.readouterr().out == printed
+
+
+def test_drawn():
+    """So many of each class, of each seed others."""
+    truth = torch.arange(90) % 9
+    rows = few_labels.drawn(truth, 3, seed=0)
+    assert truth[rows].bincount().tolist() == [3] * 9 and len(rows.unique()) == 27
+    assert set(rows.tolist()) != set(few_labels.drawn(truth, 3, seed=1).tolist())

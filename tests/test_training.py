@@ -128,9 +128,14 @@ def test_loss_not_finite(tmp_path):
     assert all(math.isfinite(float(row["loss"])) for row in rows_of(tmp_path / "metrics.csv"))
 
 
+def test_one_image():
+    with pytest.raises(UserError, match="one image is too few"):
+        train(settings(), *(table[:1] for table in coloured()))
+
+
 def test_metrics_and_objective(tmp_path):
     """A row an epoch: on_epoch() gets what metrics.csv says, and what it says of objective and labels is so."""
-    rows, losses = [], []
+    rows, losses, used = [], [], [[0, 1.5]]
 
     def on_epoch(row, student, labels):
         changed = (labels.table.argmax(1) != coloured()[1].argmax(1)).float().mean().item()
@@ -141,8 +146,9 @@ def test_metrics_and_objective(tmp_path):
             classification,
             contrastive,
             classification + contrastive,
-            *labels.exponents.tolist(),
+            *used[-1],
         ]
+        used.append(labels.exponents.tolist())  # from now on
         names = ("epoch", "labels_changed", "classification", "contrastive", "loss", "trust", "sharpness")
         assert [row[name] for name in names] == pytest.approx(expected) and row["seconds"] >= 0
         rows.append(row)

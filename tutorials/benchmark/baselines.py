@@ -238,7 +238,9 @@ class Method:
         features, objective = images.features if self.features else None, self.objective and self.objective()
         with exchanged(self.rule):
             student, labels = tclip.train(config, images.pixels, probs, features, None, objective, on_epoch)
-        return student, F.normalize(getattr(objective, "table", labels.table).float(), p=1, dim=1).cpu()
+        if hasattr(objective, "table"):  # of ELR
+            return student, F.normalize(objective.table, p=1, dim=1).cpu()
+        return student, labels.final(tclip.predict(student, images.pixels)).cpu()
 
 
 @contextmanager
@@ -253,12 +255,8 @@ def exchanged(rule):
 
 
 def starting_labels(config, images):
-    """The labels (N, C) that tclip starts from: the teacher's answers, as far as its image features mend them.
-
-    config.class_prior: "none" or "uniform".
-    """
-    classes = images.probs.shape[1]
-    shares = {"none": None, "uniform": torch.full((classes,), 1 / classes)}[config.class_prior]
+    """The labels (N, C) that tclip starts from: the teacher's answers, as far as its image features mend them."""
+    shares = tclip.class_shares(config.class_prior, images.probs.shape[1])
     rule = config.label_momentum, config.label_neighbours, shares
     return tclip.EnsembleLabels(images.probs, images.features, *rule).targets(slice(None))
 

@@ -6,6 +6,7 @@
     python tutorials/benchmark/run.py --suite eurosat-gpt4v --root data       # images named by GPT-4V, for a CPU
     python tutorials/benchmark/run.py --suite cifar10-votes --root data --full            # all images, for a GPU
     python tutorials/benchmark/run.py --suite cifar10-votes --root data --teacher truth   # a ceiling
+    python tutorials/benchmark/run.py --suite digits-10to1 --class-prior right            # told the classes' sizes
     python tutorials/benchmark/run.py --suite whurs19 --root data             # labels only, no training
     python tutorials/benchmark/run.py --all --root data                       # everything that a CPU can make
 
@@ -18,8 +19,10 @@ delete the file. At the end the table of all rows that count is printed, and dra
 --all does what is missing of PLAN, and says before how long that takes. Then it writes results/tables.md and makes the
 pictures of the README and of the tutorials, the notebooks included.
 
-unlabeled, held out: images that the student of the last epoch gets right, in %; labels: that the labels get right.
-Truth is read after a run to count what is right, and by nothing before, but where --teacher truth asks for it.
+unlabeled, held out: images that the student of the last epoch gets right, in %; labels: that the labels get right;
+expected: what a run without truth would expect of unlabeled; --expected prints it against the truth, of all results.
+Truth is read after a run to count what is right, and by nothing before, but where it is asked for: by --teacher truth,
+and by --class-prior right, which tells tclip how many images of each class were drawn, as a user might know.
 """
 
 import argparse
@@ -51,6 +54,7 @@ from suites import SUITES
 
 import tclip
 from tclip import UserError
+from tclip_app import outlook
 from tclip_app.files import write_whole
 
 RESULTS = HERE / "results"
@@ -71,7 +75,7 @@ PLAN = (  # of --all: the commands whose rows are the tables of README and resul
 
 def load(suite, config, count, teacher=None):
     """The Task of a suite for this config; count: so many unlabeled images, None: all. teacher "truth": a ceiling."""
-    task = SUITES[suite].load(config, count)
+    task = SUITES[suite].load(replace(config, class_prior="none"), count)  # "right" is known when it is drawn
     if teacher == "truth":
         truth = F.one_hot(task.unlabeled.truth, len(task.classes)).float()
         unlabeled, heldout = replace(task.unlabeled, probs=truth, features=None), replace(task.heldout, probs=None)
@@ -108,7 +112,11 @@ def worst(probs, truth):
 def one_run(suite, name, config, task):
     """Train a student by the method `name`, and its row of the results. UserError: its predictions are not finite."""
     unlabeled, heldout, started = task.unlabeled, task.heldout, time.perf_counter()
-    student, labels = ALL_METHODS[name].run(config, unlabeled)
+    told = config
+    if config.class_prior == "right":
+        sizes = unlabeled.truth.bincount(minlength=len(task.classes)).tolist()
+        told = replace(config, class_prior=",".join(map(str, sizes)))
+    student, labels = ALL_METHODS[name].run(told, unlabeled)
     seconds = time.perf_counter() - started
     probs, heldout_probs = (tclip.predict(student, part.pixels) for part in (unlabeled, heldout))
     if not probs.isfinite().all():
@@ -122,6 +130,7 @@ def one_run(suite, name, config, task):
         heldout=accuracy(heldout_probs, heldout.truth),
         worst_class=worst(probs, unlabeled.truth),
         labels=accuracy(labels, unlabeled.truth),
+        expected="" if labels is None else outlook.expected_accuracy(unlabeled.probs, labels, probs),
         teacher=task.teacher,
         teacher_unlabeled=accuracy(unlabeled.probs, unlabeled.truth),
         teacher_heldout=accuracy(heldout.probs, heldout.truth),
@@ -162,7 +171,8 @@ def benchmark(path, suite, config, task, load_task, methods, seeds):
         done = finished(path, config, task, methods)
         for name in tqdm([name for name in methods if (name, seed) not in done], f"seed {seed}", disable=None):
             row = one_run(suite, name, config, task)
-            tclip.write_csv(draft := path.with_suffix(".part"), [*read_rows(path), row])
+            before = [dict.fromkeys(row, "") | old for old in read_rows(path)]  # of a version with fewer columns
+            tclip.write_csv(draft := path.with_suffix(".part"), [*before, row])
             os.replace(draft, path)  # whole or not at all
             tqdm.write(
                 f"{name}, seed {seed}: {row['unlabeled']:.1%} of the unlabeled, {row['heldout']:.1%} of the held-out "
@@ -214,6 +224,24 @@ def table(lines):
         seconds = f"{line['seconds']:.0f}" if line["seeds"] else ""
         cells.append([line["name"], *(percent(line[column]) for column in COLUMNS), seconds, line["seeds"] or ""])
     return markdown(cells)
+
+
+def expectations(folder):
+    """What was expected of the unlabeled images against what came true, of all results in a folder, in Markdown."""
+    cells, ours = [["", "expected", "unlabeled", "mean error", "seeds"], ["---"] * 5], []
+    for path in sorted(folder.glob("*.csv")):
+        rows = [row for row in read_rows(path) if row.get("expected")]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [(100 * float(r["expected"]), 100 * float(r["unlabeled"])) for r in rows if r["method"] == method]
+            errors = [abs(expected - right) for expected, right in own]
+            ours += [errors] if method == "tclip" else []
+            means = [f"{statistics.mean(column):.1f}" for column in (*zip(*own), errors)]
+            cells.append([f"{path.stem}, {method}", *means, len(own)])
+    if not ours:
+        raise UserError(f"{folder} has no results of tclip yet that say what was expected")
+    mean, worst = statistics.mean(map(statistics.mean, ours)), max(map(max, ours))
+    last = f"tclip: {mean:.1f} points off in the mean of {len(ours)} files, {worst:.1f} at worst."
+    return f"{markdown(cells)}\n\n{last}"
 
 
 def draw(suite, lines, file):
@@ -347,8 +375,10 @@ def parse(argv):
     parser.add_argument("--full", action="store_true", help="all images and a ResNet-18, for a GPU")
     parser.add_argument("--images", type=int, help="how many unlabeled ones [the suite's]")
     parser.add_argument("--epochs", type=int, help="passes over the images [40]")
-    parser.add_argument("--class-prior", choices=("uniform", "none"), default="none", help="known to tclip [none]")
+    priors = "right", "uniform", "none"
+    parser.add_argument("--class-prior", choices=priors, default="none", help="what tclip is told of sizes [none]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results [results]")
+    parser.add_argument("--expected", action="store_true", help="no run: what was expected, and what came true")
     parser.add_argument("--teacher", choices=("truth",), help="true labels: what can the network learn at all?")
     given = parser.parse_args(argv)
     for name in ("seeds", "images", "epochs"):
@@ -375,7 +405,7 @@ def asked(given):
     count = given.images or (None if given.full else suite.images)
     load_task = partial(load, given.suite, count=count, teacher=given.teacher)
     words = ["study"] * given.study + ["full"] * given.full + ["truth"] * bool(given.teacher)
-    words += ["uniform"] * (given.class_prior == "uniform") + [f"{given.images}"] * bool(given.images)
+    words += [given.class_prior] * (given.class_prior != "none") + [f"{given.images}"] * bool(given.images)
     path = given.results / f"{'-'.join([given.suite, *words, *[f'{given.epochs}-epochs'] * bool(given.epochs)])}.csv"
     return tclip.Config(root=given.root, **settings), path, methods, known, load_task
 
@@ -390,6 +420,8 @@ def runnable(given, methods, task):
 def main(argv=None):
     """The command line."""
     given = parse(argv)
+    if given.expected:
+        return print(expectations(given.results))
     if given.all:
         everything(given.root, given.results)
         return draw_tutorials()

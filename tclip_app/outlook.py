@@ -1,0 +1,52 @@
+"""Is it worth it, and can it be trusted? What to expect of a run, from what is known without truth."""
+
+import torch
+
+# Of expected_accuracy() in points, mean over the suites and the worst run: tutorials/benchmark/run.py --expected
+MEAN_ERROR, LARGEST_ERROR = 7, 28
+
+
+def unsaid(who, numbers, classes):
+    """A sentence on the classes that `who` never says, "" where there are none. numbers: of classes, int64 (N,)."""
+    times = torch.bincount(numbers, minlength=len(classes)).tolist()
+    never = [name for name, count in zip(classes, times) if not count]
+    if len(never) == len(classes) - 1:
+        return f"{who} calls every image {classes[times.index(max(times))]}"
+    return f"{who} never says {', '.join(never[:5])}: {len(never)} of {len(classes)} classes" if never else ""
+
+
+def warnings(teacher, labels, student, classes):
+    """Sentences on what looks bad, a list. teacher, labels, student: numbers of classes, int64 (N,)."""
+    found = [unsaid("the teacher", teacher, classes), unsaid("the student", student, classes)]
+    if len(labels.unique()) == 1:
+        found.append(f"every label is {classes[labels[0]]}")
+    shares = [torch.bincount(numbers, minlength=len(classes)) / len(numbers) for numbers in (teacher, student)]
+    agreement, chance = (teacher == student).float().mean().item(), (shares[0] @ shares[1]).item()
+    if agreement - chance <= 0.1 * (1 - chance):  # Cohen's kappa is at most 0.1
+        found.append(f"student and teacher agree on {agreement:.1%} of the images, and would on {chance:.1%} by chance")
+    return [sentence for sentence in found if sentence]
+
+
+def expected_accuracy(teacher, labels, student):
+    """Estimate of the share of images that the student gets right, a float, without any truth.
+
+    teacher, labels, student: probabilities (N, C). The mean probability of the student's choices: by the teacher where
+    it says the same, since the labels are surer for the same reason, and by the labels elsewhere.
+    """
+    choice = student.argmax(1, keepdim=True)  # (N, 1)
+    agree = teacher.argmax(1, keepdim=True) == choice
+    return torch.where(agree, teacher.gather(1, choice), labels.gather(1, choice)).mean().item()
+
+
+def summary(teacher, labels, student, classes):
+    """What a summary.json holds of it, a dict: expected_accuracy of student and labels, outlook, a sentence, warnings.
+
+    teacher, labels, student: probabilities (N, C) of the C classes.
+    """
+    ours, theirs = (expected_accuracy(teacher, labels, said) for said in (student, labels))
+    sentence = (
+        f"Expect the student to be right on some {ours:.0%} of these images, the labels on {theirs:.0%}: estimates "
+        f"without truth, which were {MEAN_ERROR} points off in the mean of our benchmarks, {LARGEST_ERROR} at worst."
+    )
+    told = warnings(*(said.argmax(1) for said in (teacher, labels, student)), classes)
+    return dict(expected_student_accuracy=ours, expected_label_accuracy=theirs, outlook=sentence, warnings=told)
