@@ -202,9 +202,8 @@ takeaway(
 # mass. The last bar is told that classes are equally frequent (`class_prior`, which is `--class-prior uniform` on the
 # command line), and finds the nearest labels with such shares. That is false for all but the first group.
 
+
 # %%
-
-
 def near_in(features):
     """Places of the neighbours (N, k)."""
     return tclip.nearest(features, K)

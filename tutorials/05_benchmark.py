@@ -109,7 +109,7 @@ for place, (teacher, *lines) in enumerate(kept.values()):
             (mean, sd), (color, marker) = line["unlabeled"], MARKS[line["name"]]
             ax.errorbar(100 * mean, place, xerr=100 * sd, color=color, marker=marker, ms=9, capsize=3)
 ax.set_yticks(range(len(kept)), kept)
-ax.set(xlabel="unlabeled images named right, in %", ylim=(len(kept) - 0.5, -0.5), xlim=(None, 101))
+ax.set(xlabel="unlabeled images named right, in %", ylim=(max(1, len(kept)) - 0.5, -0.5), xlim=(None, 101))
 handles = [plt.Line2D([], [], color=BLACK, lw=3)]
 handles += [plt.Line2D([], [], color=color, marker=marker, ms=9, ls="") for color, marker in MARKS.values()]
 figure.legend(handles, ["teacher", *MARKS], loc="outside upper center", ncols=5)
@@ -158,7 +158,8 @@ gains = {
     for part in ("without C3L", "with fixed labels", "without CLIP's features")
     if "tclip" in mean and f"tclip {part}" in mean
 }
-print("made on " + "; ".join(sorted({f"{row['device']}, torch {row['torch']}" for row in digits})))
+for device, version in sorted({(row["device"], row["torch"]) for row in digits}):
+    print(f"made on {device}, torch {version}")
 takeaway(
     "beside all of tclip, its student is worse by these points: "
     + (", ".join(f"{gain:.1f} {part}" for part, gain in gains.items()) or "not measured yet")
@@ -187,7 +188,7 @@ for command, given in zip(benchmark.PLAN, benchmark.planned(root, RESULTS)):
     print(f"{command:70} {len(methods) * given.seeds:3} runs, {known}")
 if os.environ.get("TCLIP_FULL") == "1":
     benchmark.everything(root, RESULTS)
-takeaway(f"all runs from nothing take {total / 3600:.0f} hours on a machine like ours, and those that are kept, none.")
+takeaway(f"from nothing, all runs of suites that have kept ones take {total / 3600:.0f} hours on a machine like ours.")
 
 # %% [markdown]
 # ## Does it hold while I watch?
