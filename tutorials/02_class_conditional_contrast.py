@@ -135,7 +135,8 @@ for name, loss in CHOICES.items():
     print(f"{name:16} all of one class: {ends[name][0]:7.4f}    all of different classes: {ends[name][1]:7.4f}")
 takeaway(
     "where no two images share a class all five are the same loss. Where all do, SimCLR and SupCon still push "
-    f"everybody apart, and C3L nobody: by instance nothing is left to lose ({abs(ends['C3L by instance'][0]):.4f})."
+    "everybody apart, and C3L at most the other view: by instance nothing is left to lose "
+    f"({abs(ends['C3L by instance'][0]):.4f})."
 )
 
 # %% [markdown]
@@ -151,14 +152,13 @@ takeaway(
 config = tclip.Config(**tclip.DATASETS["digits"]["settings"], device="cpu", cache="none")
 images, _, classes = tclip.read_dataset(config)
 truth, C, EACH = F.one_hot(images.truth).float(), len(classes), 8
-equal_shares = torch.ones(C)  # of any sum; what tclip is told of the digits
 rows = torch.cat([(images.truth == c).nonzero()[:EACH, 0] for c in range(C)])  # eight of each class
 
 kinds = {
     "the truth": truth,
     "CLIP, hard": F.one_hot(images.probs.argmax(1), C).float(),
     "CLIP, soft": images.probs,
-    "tclip's start": tclip.EnsembleLabels(images.probs, images.features, class_prior=equal_shares).targets(slice(None)),
+    "tclip's start": tclip.EnsembleLabels(images.probs, images.features).targets(slice(None)),
 }
 figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True)
 for ax, (name, labels) in zip(axes, kinds.items()):

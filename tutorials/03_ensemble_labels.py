@@ -335,7 +335,7 @@ takeaway(
 #
 # **In short:** yes, but later than the right ones; that is the time to move them.
 #
-# Now to the student, on the digits, of which tclip is told that they are about equally frequent. `train` calls
+# Now to the student, on the digits. `train` calls
 # `on_epoch` after each epoch with the row of its log, the student and the labels; that is all we need to watch. We
 # train three times: with the labels as they are at the start; with labels that follow; and with labels that follow
 # while the teacher's word counts throughout ($a = 1$), which is for the next section. "Wrongly labelled" are the images
@@ -345,8 +345,7 @@ takeaway(
 # %%
 images = tclip.Images(**{name: part[: 300 if QUICK else None] for name, part in vars(digits).items()})
 truth, own_verdict = images.truth, tclip.verdict
-equal = torch.ones(len(numbers))
-start = tclip.EnsembleLabels(images.probs, images.features, class_prior=equal).targets(slice(None))  # (N, C)
+start = tclip.EnsembleLabels(images.probs, images.features).targets(slice(None))  # (N, C)
 first = start.argmax(1)  # (N,)
 wrong = first != truth
 said, tables, log, judged = {}, {}, {}, []
@@ -409,15 +408,17 @@ takeaway(
 #
 # **In short:** the teacher's is left out ($a = 0$) where it is not missed: there it would only hold the labels back.
 #
-# In the student's embedding the trial lasts an eighth of the epochs. Then `verdict` asks how much probability the
-# teacher's answers give to what the neighbourhoods choose, as a share of what they give to their own choice. Where that
-# is at least 0.81, labels stand well without the teacher, and $a$ stays zero. That matters where a teacher errs for
-# whole classes, as here: its word would be wrong for the same images in every epoch. Elsewhere $a$ becomes one. (The
+# In the student's embedding the trial lasts an eighth of the epochs. Then `verdict` looks at what the teacher concedes:
+# *conceded* is the mean probability that it gives to the neighbourhoods' choices, divided by that of its own first
+# choices. From 0.81 on labels stand well without the teacher, and $a$ stays zero, as long as that holds: it is asked
+# again after each epoch. That matters where a teacher errs for whole classes, as here: its word would be wrong for the
+# same images in every epoch. Elsewhere $a$ becomes one, and so it always is in CLIP's own features: its answers are
+# made of these, so that the two agree proves nothing. (The
 # 0.81, like the 0.9 and the fourth power of above, was found by trial, and a run so short that the trial ends before
 # the student knows much ends up on the other side of it.)
 
 # %%
-answers, near = judged[-1]  # at the end of the trial in the student's embedding
+answers, near = judged[1]  # at the end of the trial in the student's embedding; the first was in CLIP's features
 (claim, word), choice = answers.max(1), near.argmax(1)
 conceded = answers.gather(1, choice[:, None]).mean() / claim.mean()
 foretold = (choice == word).float().mean() / claim.mean()

@@ -191,7 +191,7 @@ show_source(tclip.tclip_objective)
 
 
 def ensemble_labels():
-    shares = torch.ones(C)  # config.class_prior is "uniform": digits are about equally frequent
+    shares = tclip.class_shares(config.class_prior, C)  # none are known here
     rule = config.label_momentum, config.label_neighbours, shares, max(1, config.epochs // 8)  # the last: the trial
     return tclip.EnsembleLabels(probs, images.features, *rule)
 
@@ -267,6 +267,7 @@ def same(a, b):
 
 student, labels = last_version()
 reference, reference_labels = tclip.train(config, pixels, probs, images.features)
+assert same(student, reference) and same(labels, reference_labels)
 takeaway(
     f"our loop and tclip.train end with the same weights, to the bit: {same(student, reference)}; with the same "
     f"labels: {same(labels, reference_labels)}."
