@@ -139,7 +139,7 @@ print("the same as tclip's bayes_rule:", same)
 show_source(tclip.bayes_rule, tclip.nearest)
 spoiled = ((T0.argmax(1) == truth) & (once.argmax(1) != truth)).sum()
 takeaway(
-    f"{title}: one look around turns {right(T0):.1%} right labels into {right(once):.1%}; "
+    f"{title}: one look around raises the share of right labels from {right(T0):.1%} to {right(once):.1%}; "
     f"{((T0.argmax(1) != truth) & (once.argmax(1) == truth)).sum()} are mended, and {spoiled} spoiled. The digits: "
     f"{right(answers, digits.truth):.1%} into {right(q, digits.truth):.1%}."
 )
@@ -244,9 +244,10 @@ ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 ends = {name: sum(results[RATIOS[-1], name]) / 3 for name in WAYS}
 takeaway(
-    f"with classes {RATIOS[-1]} : 1 zero-shot is {ends['zero-shot']:.1%} right. The rule makes "
-    f"{ends['with the mass']:.1%} of it, without the mass {ends['without the mass']:.1%}; told that classes are equal, "
-    f"{ends['told: equal']:.1%}. With classes 1 : 1 that word is true, and gives {results[1, 'told: equal'][0]:.1%}."
+    f"with classes {RATIOS[-1]} : 1 zero-shot is {ends['zero-shot']:.1%} right. The rule raises "
+    f"this to {ends['with the mass']:.1%}, without the mass to {ends['without the mass']:.1%}; told that classes are "
+    f"equal, it falls to {ends['told: equal']:.1%}. With classes 1 : 1, where that is true, it gives "
+    f"{results[1, 'told: equal'][0]:.1%}, and {results[1, 'with the mass'][0]:.1%} untold."
 )
 
 # %% [markdown]

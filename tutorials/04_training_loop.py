@@ -175,7 +175,10 @@ def second_version():
 
 
 second_version()
-takeaway(f"the same loop with soft labels and C3L: {curves['2 + soft labels, C3L'][-1]:.1%}, at twice the work.")
+takeaway(
+    f"the same loop with soft labels and C3L: {curves['2 + soft labels, C3L'][-1]:.1%}, at twice the work. The loss "
+    "needs better labels than these to be worth it: soft labels repeat the teacher's errors."
+)
 
 # %% [markdown]
 # ## And the ensemble labels?
