@@ -10,8 +10,6 @@ the labels that it was trained on; held out: by the student. A finished run is a
 the same command goes on with what is missing there.
 """
 
-import argparse
-import os
 import sys
 import time
 from dataclasses import replace
@@ -79,8 +77,7 @@ def measure(path, suite, config):
         key = dict(suite=suite, way=way, labels_a_class=str(count), seed=str(config.seed), digest=mark["digest"])
         if not any(key.items() <= row.items() for row in run.read_rows(path)):
             row = row_of(suite, way, count, config, task) | mark
-            tclip.write_csv(draft := path.with_suffix(".part"), [*run.read_rows(path), row])
-            os.replace(draft, path)  # whole or not at all
+            run.add_rows(path, [row])
         found += [row for row in run.read_rows(path) if key.items() <= row.items()]
     return found
 
@@ -90,21 +87,14 @@ def table(rows):
     cells = [["", "labels a class", "", *COLUMNS, "seeds"], ["---"] * (len(COLUMNS) + 4)]
     for kind in dict.fromkeys((row["suite"], row["labels_a_class"], row["way"]) for row in rows):
         own = [row for row in rows if (row["suite"], row["labels_a_class"], row["way"]) == kind]
-        figures = [run.mean_and_sd([row[name] for row in own]) for name in COLUMNS.values()]
-        texts = ["" if f is None else f"{100 * f[0]:.1f}" + f" ± {100 * f[1]:.1f}" * bool(f[1]) for f in figures]
+        texts = [run.percent(run.mean_and_sd([row[name] for row in own])) for name in COLUMNS.values()]
         cells.append([*kind, *texts, len(own)])
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+    return run.markdown(cells)
 
 
 def main(argv=None):
     """The command line."""
-    text = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("few_labels.py", description=__doc__, formatter_class=text)
-    parser.add_argument("--root", default="data", help="folder of the data [data]")
-    parser.add_argument("--suites", nargs="+", choices=KINDS, default=KINDS, help="which data [all]")
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ... [3]")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the images [40]")
-    parser.add_argument("--results", type=Path, default=run.RESULTS, help="folder of the results [results]")
+    parser = run.common_options(__doc__, KINDS)
     given, rows = parser.parse_args(argv), []
     given.results.mkdir(parents=True, exist_ok=True)
     for seed in range(given.seeds):

@@ -156,6 +156,13 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
+def add_rows(path, rows):
+    """Add rows, dicts of the same keys, to the results at `path`: whole or not at all."""
+    before = [dict.fromkeys(rows[0], "") | old for old in read_rows(path)]  # of a version with fewer columns
+    tclip.write_csv(draft := path.with_suffix(".part"), [*before, *rows])
+    os.replace(draft, path)
+
+
 def finished(path, config, task, methods):
     """The rows at `path` that count: of the present settings, by (method, seed), in the order of `methods`."""
     digest = digest_of(settings_of(config, task))
@@ -176,9 +183,7 @@ def benchmark(path, suite, config, task, load_task, methods, seeds):
         done = finished(path, config, task, methods)
         for name in tqdm([name for name in methods if (name, seed) not in done], f"seed {seed}", disable=None):
             row = one_run(suite, name, config, task)
-            before = [dict.fromkeys(row, "") | old for old in read_rows(path)]  # of a version with fewer columns
-            tclip.write_csv(draft := path.with_suffix(".part"), [*before, row])
-            os.replace(draft, path)  # whole or not at all
+            add_rows(path, [row])
             tqdm.write(
                 f"{name}, seed {seed}: {row['unlabeled']:.1%} of the unlabeled, {row['heldout']:.1%} of the held-out "
                 f"images right, {row['seconds']:.0f} s"
@@ -398,6 +403,17 @@ def parse(argv):
         if (value := getattr(given, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     return given
+
+
+def common_options(doc, kinds):
+    """The parser of a script that measures something else on some of the suites: unknown.py, few_labels.py."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--root", default="data", help="folder of the data [data]")
+    parser.add_argument("--suites", nargs="+", choices=kinds, default=kinds, help="which data [all]")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ... [3]")
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the images [40]")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results [results]")
+    return parser
 
 
 def chosen(names, known):

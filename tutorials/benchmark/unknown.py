@@ -16,8 +16,6 @@ each that `tclip predict --unknown 0.02` calls unknown. A finished training is i
 the same command goes on with what is missing there.
 """
 
-import argparse
-import os
 import string
 import sys
 import time
@@ -153,8 +151,7 @@ def measure(path, suite, config, images):
 
     if not found():
         rows = [row | mark for row in rows_of(suite, config, task)]
-        tclip.write_csv(draft := path.with_suffix(".part"), [*run.read_rows(path), *rows])
-        os.replace(draft, path)  # whole or not at all
+        run.add_rows(path, rows)
     return found()
 
 
@@ -167,18 +164,13 @@ def table(rows):
         means.append([np.mean([100 * float(row[name]) for row in own]) for name in columns])
         cells.append([", ".join(kind), *(f"{mean:.1f}" for mean in means[-1]), len(own)])
     cells.append(["mean", *(f"{mean:.1f}" for mean in np.mean(means, 0)), ""])
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+    return run.markdown(cells)
 
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser("unknown.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--root", default="data", help="folder of the data [data]")
-    parser.add_argument("--suites", nargs="+", choices=KINDS, default=KINDS, help="which data [all]")
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ... [3]")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the images [40]")
+    parser = run.common_options(__doc__, KINDS)
     parser.add_argument("--images", type=int, help="how many unlabeled ones [the suite's]")
-    parser.add_argument("--results", type=Path, default=run.RESULTS, help="folder of the results [results]")
     given, rows = parser.parse_args(argv), []
     given.results.mkdir(parents=True, exist_ok=True)
     for seed in range(given.seeds):
