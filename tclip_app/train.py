@@ -62,8 +62,8 @@ def run(config, resumed):
         return learned
 
     if summary := tclip.run(config, read_once, resumed, learn):
-        out, labels = Path(summary["out"]), learned[1].targets(slice(None)).cpu()
-        probs, features = familiarity.predict(student, read_images[0].pixels)
+        out, (probs, features) = Path(summary["out"]), familiarity.predict(student, read_images[0].pixels)
+        labels = learned[1].final(probs).cpu()  # those of labels.csv
         familiarity.add_to_run(out, probs, features)
         summary |= outlook.summary(read_images[0].probs, labels, probs, classes)
         write_whole(out / "summary.json", partial(json.dump, summary, indent=1), "w")
