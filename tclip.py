@@ -2,13 +2,11 @@
 
     python tclip.py                                              # handwritten digits: offline, a minute on a CPU
     python tclip.py --dataset cifar10                            # named by OpenAI's CLIP ViT-B/32, for a GPU
-    torchrun --nproc_per_node=8 tclip.py --dataset cifar10       # the same on eight GPUs
     python tclip.py --resume runs/cifar10                        # go on where a run was interrupted
 
-CLIP names every image once. Its answers are noisy, and for some classes nearly always wrong. A small network is trained
-from scratch on them with a class-conditional contrastive loss and ensemble labels. Method: Huang et al., "Transductive
-CLIP with Class-Conditional Contrastive Learning", ICASSP 2022, arXiv 2206.06177; the equations are our reading of it,
-see README.md. The parts from the pseudo-labels to the ensemble labels need torch alone: copy them out.
+CLIP names every image once, for some classes nearly always wrongly. A small network is trained from scratch on that by
+a class-conditional contrastive loss and ensemble labels: Huang et al., "Transductive CLIP with Class-Conditional
+Contrastive Learning", ICASSP 2022, arXiv 2206.06177. The equations are our reading of it, see README.md.
 """
 
 import csv
@@ -336,8 +334,7 @@ def resnet8(size):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-# ==== Training ========================================================================================================
-# Under torchrun each process has all images and labels, and takes its share of each batch.
+# ==== Training: under torchrun each process has all images and labels, and takes its share of each batch ==========
 def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None, student=None, labels=None):
     """Train a student on unlabeled images and what a teacher says of them: (student, labels). No truth comes here.
     pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's. features: its unit image features (N, D), or None.
@@ -527,7 +524,11 @@ def load_images(config, split, clip):
             raise
         raise UserError(f"no {config.dataset}: {error}. Without network, copy {config.root} from elsewhere") from error
     file, features = f"{config.dataset}-{split}-{re.sub('[^A-Za-z0-9.]+', '-', clip.name)}.npy", None
-    file = Path(config.cache).expanduser() / file
+    try:
+        file = Path(config.cache).expanduser() / file
+        config.cache == "none" or file.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # a RuntimeError where there is no home
+        raise UserError(f"--cache {config.cache}: {error}; choose another, or none") from error
     if config.cache != "none" and file.exists():
         kept = torch.from_numpy(np.load(file, allow_pickle=False))
         first = clip.encode_images(torch.stack([clip.prepare(source[i][0]) for i in range(min(8, len(source)))]))
@@ -546,7 +547,6 @@ def load_images(config, split, clip):
         truth += labels
     features = torch.cat(rows) if asked else features
     if asked and config.cache != "none":
-        file.parent.mkdir(parents=True, exist_ok=True)
         np.save(draft := file.with_suffix(f".{os.getpid()}.npy"), features)
         os.replace(draft, file)  # whole or not at all
     names = [f"{i:05d}" for i in getattr(source, "indices", range(len(source)))]
@@ -691,15 +691,14 @@ def write_results(config, unlabeled, heldout, classes, student, labels, started)
     for who, probs in said.items():
         (confidence, number), prefix = probs.max(1), f"{who}_".removeprefix("label_")
         columns |= {f"{prefix}label": [classes[c] for c in number], f"{prefix}confidence": confidence.tolist()}
-    if (truth >= 0).any():
+    if (known := truth >= 0).any():
         columns["truth"] = [classes[c] if c >= 0 else "" for c in truth]
         side = min(4 + 0.18 * len(classes), 20)
         figure = Figure((2 * side + 1, side), layout="compressed")
+        look = dict(labels=range(len(classes)), display_labels=classes, normalize="true", im_kw=dict(vmin=0, vmax=1))
+        look |= dict(include_values=len(classes) <= 20, values_format=".0%", xticks_rotation=90)
         for ax, who in zip(figure.subplots(1, 2), ("teacher", "student")):
-            confusion = scores[f"unlabeled_{who}"]["confusion"].numpy()
-            shares = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)  # of the true class, in %
-            look = dict(include_values=len(classes) <= 20, values_format=".0f", im_kw=dict(vmin=0, vmax=100))
-            ConfusionMatrixDisplay(shares, display_labels=classes).plot(ax=ax, xticks_rotation=90, **look)
+            ConfusionMatrixDisplay.from_predictions(truth[known], said[who][known].argmax(1), ax=ax, **look)
             ax.set_title(f"{who}: {summary[f'unlabeled_{who}_accuracy']:.1%} right")
         figure.savefig(out / "noise.png", dpi=120, bbox_inches="tight")
     write_csv(out / "labels.csv", [dict(zip(columns, row)) for row in zip(*columns.values())])
@@ -734,6 +733,7 @@ def main(argv=None):
     sys.stderr = sys.stderr or open(os.devnull, "w")  # where it is closed, a progress bar would fail
     given = vars(parser.parse_args(argv))
     folder, name = given.pop("resume"), given.get("dataset", Config.dataset)
+    folder = os.path.dirname(folder) or "." if folder and os.path.isfile(folder) else folder
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
     Student(given.get("arch", Config.arch), 2)  # an unknown one is told before anything is read

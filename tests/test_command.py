@@ -79,7 +79,7 @@ def test_resume(finished, tmp_path, monkeypatch, capsys):
         for who in ("teacher", "student"):
             assert f"{summary[f'{images}_{who}_accuracy']:.1%}" in said
     assert "s on cpu; see moved" in said
-    main(["--resume", "moved", "--epochs", "3", "--cache", "none"])
+    main(["--resume", "moved/checkpoint.pt", "--epochs", "3", "--cache", "none"])  # a file in it means the run
     assert [row["epoch"] for row in rows_of(copy / "metrics.csv")] == ["1", "2", "3"]
     assert (copy / "config.json").read_text() == (finished / "config.json").read_text()  # as the run began
     with pytest.raises(UserError, match="^--resume nowhere: there is no run$"):
@@ -116,6 +116,15 @@ def test_home_and_streams(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     main([*SMALL, "--out=~/日本"])
     assert (tmp_path / "日本/summary.json").exists()
+
+
+def test_no_place_for_features(tmp_path, monkeypatch):
+    """A home that is not known, and a file where the folder of CLIP's features would be, are told in one line."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for cache in ("~nobody-is-called-so/cache", "file/cache"):
+        with pytest.raises(UserError, match=f"^--cache {cache}: [^\n]+; choose another, or none$"):
+            main([*SMALL, "--cache", cache])
 
 
 MISTAKES = """--dataset cifar11: choose from digits, cifar10

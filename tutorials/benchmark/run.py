@@ -67,6 +67,7 @@ PLAN = (  # of --all: the commands whose rows are the tables of README and resul
     "--suite cifar10-annotator --methods tclip --seeds 1",
     "--suite cifar10-annotator --methods tclip --seeds 1 --class-prior uniform",
     "--suite whurs19",
+    "--suite whurs19 --study",
     "--suite digits --methods 'tclip,cross-entropy'",
     "--suite digits --methods tclip --class-prior uniform",
     "--suite digits-10to1 --methods 'tclip,cross-entropy,ELR,SupCon + CE,GCE,soft labels'",
@@ -329,8 +330,9 @@ def write_tables(results):
     text = "# Tables\n\nWritten by `run.py --all` from the csv files here; what they mean: [README.md](README.md).\n\n"
     text += overview(results) + "\n"
     for given in planned("", results):
-        if given.suite == "whurs19" and (rows := read_rows(results / "whurs19.csv")):
-            text += f"\n## whurs19\n\n{whurs19.table(rows)}\n"
+        name = f"whurs19{'-study' * given.study}"
+        if given.suite == "whurs19" and (rows := read_rows(results / f"{name}.csv")):
+            text += f"\n## {name}\n\n{whurs19.table(rows)}\n"
         elif given.suite != "whurs19" and (rows := kept(path := asked(given)[1])):
             text += f"\n## {path.stem}\n\n{table(summarise(rows))}\n"
     write_whole(results / "tables.md", lambda file: file.write(text), "w")
@@ -456,9 +458,11 @@ def main(argv=None):
         other_tables(given.root, given.results)
         return draw_tutorials()
     if given.suite == "whurs19":
-        rows = list(whurs19.rows(given.root, chosen(given.methods or ",".join(whurs19.METHODS), whurs19.METHODS)))
+        known = whurs19.STUDY if given.study else whurs19.METHODS
+        names = chosen(given.methods, known) if given.methods else known
+        rows = list(whurs19.rows(given.root, {name: known[name] for name in names}))
         given.results.mkdir(exist_ok=True)
-        tclip.write_csv(given.results / "whurs19.csv", rows)
+        tclip.write_csv(given.results / f"whurs19{'-study' * given.study}.csv", rows)
         return print(whurs19.table(rows))
     config, path, methods, known, load_task = asked(given)
     task = load_task(config)

@@ -1,8 +1,10 @@
 """Labels only, no training: what CLIP's own image features make of its zero-shot answers, whatever the class sizes.
 
-WHU-RS19: 1,005 aerial images of 19 classes, named by OpenAI's CLIP RN50, ViT-B/32 and ViT-L/14. METHODS take the
-answers (N, C) and the unit features (N, D), and give labels (N, C).
+WHU-RS19: 1,005 aerial images of 19 classes, named by OpenAI's CLIP RN50, ViT-B/32 and ViT-L/14. METHODS, and
+STUDY, tclip's with one thing changed, take the answers (N, C) and the unit features (N, D), and give labels (N, C).
 """
+
+from functools import partial
 
 import baselines
 import numpy as np
@@ -74,9 +76,15 @@ def trans_clip(probs, features, rounds=10, neighbours=3, confident=8):
     return labels
 
 
-def tclip_start(probs, features):
-    """tclip's labels before training."""
-    return tclip.EnsembleLabels(probs, features).targets(slice(None))
+def tclip_start(probs, features, rule=None, **settings):
+    """tclip's labels before training. rule, a dict by name: functions or classes in place of its own."""
+    with baselines.exchanged(rule or {}):
+        return tclip.EnsembleLabels(probs, features, **settings).targets(slice(None))
+
+
+def without_teacher(answers, near, mass, trust, sharpness, rule=tclip.bayes_rule):
+    """bayes_rule() of the neighbourhood alone: the teacher's words are where the labels begin, and nothing more."""
+    return rule(answers, near, mass, 0 * trust, sharpness)
 
 
 METHODS = {
@@ -85,6 +93,21 @@ METHODS = {
     "EM of Gaussians": gaussians,
     "TransCLIP": trans_clip,
     "tclip's labels": tclip_start,
+}
+
+STUDY = {
+    "tclip's labels": tclip_start,
+    "one round": partial(tclip_start, rule=dict(EnsembleLabels=baselines.OneRound)),
+    "hard answers": lambda probs, features: tclip_start(baselines.hard(probs), features),
+    "without the teacher's word": partial(tclip_start, rule=dict(bayes_rule=without_teacher)),
+    "without the mass": partial(tclip_start, rule=dict(bayes_rule=baselines.without_mass)),
+    "without the prior": partial(tclip_start, rule=dict(bayes_rule=baselines.without_prior)),
+    **{
+        f"sharpness {s}": partial(tclip_start, rule=dict(verdict=baselines.judged(sharpness=s)))
+        for s in (0.5, 1.0, 2.0)
+    },
+    **{f"label neighbours {k}": partial(tclip_start, neighbours=k) for k in (5, 10, 20, 40)},
+    "features of other images": lambda probs, features: tclip_start(probs, features.roll(len(features) // 2, 0)),
 }
 
 
@@ -108,7 +131,7 @@ def rows(root, methods=METHODS):
             for model, (probs, features) in said.items():
                 for method in methods:
                     torch.manual_seed(seed)
-                    labels = METHODS[method](probs[kept], features[kept])
+                    labels = methods[method](probs[kept], features[kept])
                     right = tclip.score(labels, truth[kept])
                     worst = min(share for share in right["per_class"] if share is not None)
                     case = dict(suite="whurs19", method=method, classes=f"{ratio} : 1", seed=seed, model=model)
