@@ -156,18 +156,18 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
     return (trust * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
 
 
-def verdict(answers, near):
+def verdict(answers, near, enough=0.81):
     """The exponents (a, s) of bayes_rule(), after a trial in which the labels stood without the teacher's word (a = 0).
     foretold: how often the neighbourhoods' first choice (N, C) is the teacher's, over its mean confidence; the less it
     is, the less the embedding knows: s = 1.5 (foretold / 0.9)^4, at most 1.5. conceded: the probability that its
-    answers (N, C) give to their choice, over the same. From 0.81 on its word is not missed: a = 0; else a = 1. (The
-    constants were found by trial.) Answers that are even are none.
+    answers (N, C) give to their choice, over the same. If it is `enough`, its word is not missed: a = 0; else a = 1.
+    (The constants were found by trial.) Answers that are even are none.
     """
     told = answers.amax(1) > answers.amin(1)
     claim, choice = answers[told].amax(1), near[told].argmax(1, keepdim=True)  # (M,), (M, 1)
     said = answers[told].gather(1, choice)[:, 0]  # (M,), what the teacher gives to the neighbourhood's choice
     foretold, conceded = (said == claim).float().mean() / claim.mean(), said.mean() / claim.mean()
-    return torch.stack([(conceded < 0.81).float(), 1.5 * (foretold / 0.9).clamp(max=1) ** 4])
+    return torch.stack([(conceded < enough).float(), 1.5 * (foretold / 0.9).clamp(max=1) ** 4])
 
 
 def with_shares(probs, shares, iterations=100):
@@ -233,8 +233,8 @@ class EnsembleLabels(torch.nn.Module):
             said = F.normalize(self.predictions[seen].float(), p=1, dim=1)
             near = self.update(seen, said, nearest(F.normalize(self.embeddings[seen], dim=1), self.neighbours))
             self.trial -= 1
-            if self.trial <= 0:  # later, too: where labels that stand alone wander off, the teacher's word is missed
-                trust, sharpness = verdict(self.answers[seen].float(), near)
+            if self.trial <= 0:  # and later, where labels may have wandered off alone; good ones, too, concede less
+                trust, sharpness = verdict(self.answers[seen].float(), near, 0.81 if self.trial == 0 else 0.7)
                 self.exponents[0] = torch.maximum(self.exponents[0], trust)
                 self.exponents[1] = sharpness if self.trial == 0 else self.exponents[1]
         self.predictions, self.embeddings = torch.zeros_like(self.table), None

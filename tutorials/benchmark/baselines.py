@@ -313,8 +313,8 @@ def judged(trust=None, sharpness=None, verdict=tclip.verdict):
     """verdict() with one of the exponents fixed."""
     fixed = trust, sharpness
 
-    def exponents(answers, near):
-        found = verdict(answers, near)
+    def exponents(answers, near, *enough):
+        found = verdict(answers, near, *enough)
         return torch.stack([own if value is None else torch.full_like(own, value) for own, value in zip(found, fixed)])
 
     return exponents
