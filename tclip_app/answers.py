@@ -66,7 +66,7 @@ def read_csv(path):
 
 
 def read_labels(path):
-    """A csv file with the columns file, label and maybe confidence: dict file -> (label, confidence or 1).
+    """A csv file with the columns file, label and maybe confidence: dict file -> (label, confidence or None).
 
     UserError: unreadable, no such columns, no row, a file twice, a confidence outside [0, 1].
     """
@@ -79,12 +79,14 @@ def read_labels(path):
             raise UserError(f"{path}: no file or no label in row {number}")
         if name in found:
             raise UserError(f"{path}: {name} twice, again in row {number}")
-        try:
-            confidence = float((row.get("confidence") or "1").replace(",", "."))
-        except ValueError:
-            confidence = math.nan
-        if not 0 <= confidence <= 1:
-            raise UserError(f"{path}: the confidence of {name} is not within 0 and 1")
+        confidence = row.get("confidence") or None
+        if confidence:
+            try:
+                confidence = float(confidence.replace(",", "."))
+            except ValueError:
+                confidence = math.nan
+            if not 0 <= confidence <= 1:
+                raise UserError(f"{path}: the confidence of {name} is not within 0 and 1")
         found[name] = label, confidence
     return found
 
@@ -158,7 +160,8 @@ def read_pseudo_labels(path, classes=None):
     """Another teacher's answers: (file names, class names, probs float32 (N, C), unit features (N, D) or None).
 
     path: see read_npz() for .npz, read_labels() for .csv; what a confidence lacks to 1 is spread evenly over the other
-    classes. classes: names to put the columns in order of; None: those of the file. UserError: other classes.
+    classes, see answered().
+    classes: names to put the columns in order of; None: those of the file. UserError: other classes.
     """
     if Path(path).suffix.lower() == ".npz":
         files, own, probs, features = read_npz(path)
@@ -170,9 +173,20 @@ def read_pseudo_labels(path, classes=None):
     found = read_labels(path)
     labels, confidence = zip(*found.values())
     classes = classes or distinct(labels)
-    mine = F.one_hot(torch.tensor(class_numbers(labels, classes, path)), len(classes))
-    confidence = torch.tensor(confidence)[:, None].clamp_min(1 / len(classes))  # (N, 1): a label is the likeliest class
-    return list(found), classes, mine * confidence + (1 - mine) * (1 - confidence) / (len(classes) - 1), None
+    confidence = torch.tensor([math.nan if value is None else value for value in confidence])
+    numbers = torch.tensor(class_numbers(labels, classes, path))
+    return list(found), classes, answered(numbers, confidence, len(classes)), None
+
+
+def answered(numbers, confidence, classes):
+    """Probabilities (N, C) of one answer an image: class numbers, int64 (N,), and how sure it is, (N,), nan: not told.
+
+    Then it counts as 13.5 times as likely as any other class, and 0.6 at least: certain answers could not be mended.
+    """
+    confidence = confidence.nan_to_num(max(0.6, 13.5 / (12.5 + classes)))[:, None]
+    confidence = confidence.clamp_min(1 / classes)  # (N, 1): a label is the likeliest class
+    mine = F.one_hot(numbers, classes)  # (N, C)
+    return mine * confidence + (1 - mine) * (1 - confidence) / (classes - 1)
 
 
 def match(names, files, probs, features=None):

@@ -30,19 +30,25 @@ def test_names_come_back(tmp_path):
     tclip.write_csv(tmp_path / "labels.csv", rows)
     assert read_csv(tmp_path / "labels.csv") == rows
     composed = [unicodedata.normalize("NFC", name) for name in NAMES]
-    assert read_labels(tmp_path / "labels.csv") == {name: (f"={own}", 1) for name, own in zip(composed, NAMES)}
+    assert read_labels(tmp_path / "labels.csv") == {name: (f"={own}", None) for name, own in zip(composed, NAMES)}
     cells = [cell for row in rows_of(tmp_path / "labels.csv") for cell in row.values()]
     assert not [cell for cell in cells if cell[0] in "=+-@\t\r"]
 
 
 def test_pseudo_labels_of_csv(tmp_path):
-    """What a confidence lacks to 1 goes to the other classes, evenly; a label stays the likeliest class. The columns
-    are in the order of the given classes, however these are spelt."""
+    """What a confidence lacks to 1 goes to the other classes, evenly; a label stays the likeliest class. Without one it
+    is 13.5 times as likely as any other, and 0.6 at least. Columns are in the order of the given classes, in any
+    spelling."""
     content = "\ufefflabel,who,file,confidence\nDog,me,1,0.7,too many\ncat,,2,\nold_cow,,3,0\n"  # of a spreadsheet
     (tmp_path / "a.csv").write_text(content, encoding="utf-8")
     files, classes, probs, features = read_pseudo_labels(tmp_path / "a.csv", ["cat", "dog", "Old cow"])
     assert files == ["1", "2", "3"] and classes == ["cat", "dog", "Old cow"] and features is None
-    torch.testing.assert_close(probs, torch.tensor([[0.15, 0.7, 0.15], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3]]))
+    torch.testing.assert_close(
+        probs, torch.tensor([[0.15, 0.7, 0.15], [27 / 31, 2 / 31, 2 / 31], [1 / 3, 1 / 3, 1 / 3]])
+    )
+    (tmp_path / "b.csv").write_text("file,label\n1,c7\n")
+    said = read_pseudo_labels(tmp_path / "b.csv", [f"c{i}" for i in range(21)])[2]
+    torch.testing.assert_close(said, torch.full((1, 21), 0.02).index_fill(1, torch.tensor([7]), 0.6))
     assert read_pseudo_labels(tmp_path / "a.csv")[1] == ["Dog", "cat", "old_cow"]
     with pytest.raises(UserError, match="'old_cow' is not among the classes"):
         read_pseudo_labels(tmp_path / "a.csv", ["cat", "dog"])
@@ -70,7 +76,7 @@ def test_decomposed_names(tmp_path, capsys):
         names = list(find(tmp_path / mine))
         (tmp_path / "a.csv").write_text(f"file,label\n{theirs}/{theirs}.png,{theirs}\n", encoding="utf-8")
         files, _, probs, _ = read_pseudo_labels(tmp_path / "a.csv", [mine, "dog"])
-        assert torch.equal(match(names, files, probs)[0], torch.tensor([[1.0, 0]]))
+        assert match(names, files, probs)[0].argmax(1).tolist() == [0]
         for truth in ("folders", str(tmp_path / "a.csv")):
             assert read_truth(truth, names, [theirs, "dog"]).tolist() == [0]
     assert not capsys.readouterr().err
