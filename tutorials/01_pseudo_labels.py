@@ -43,12 +43,26 @@ if not importlib.util.find_spec("open_clip"):
 sys.path[:0] = ["..", "."]
 
 # %%
+import inspect
 import time
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from plots import BLACK, BLUE, ORANGE, RED, SKY, gpt4v, real_clip, show_images, show_shares, show_source, takeaway
+from plots import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    RED,
+    SKY,
+    gpt4v,
+    real_clip,
+    show_images,
+    show_map,
+    show_shares,
+    show_source,
+    takeaway,
+)
 from sklearn.manifold import TSNE
 
 import tclip
@@ -56,6 +70,7 @@ import tclip
 started = time.time()
 QUICK = os.environ.get("TCLIP_QUICK") == "1"  # a rough map, to test that all cells run
 torch.manual_seed(0)
+TEMPERATURE = inspect.signature(tclip.zero_shot_probs).parameters["temperature"].default
 
 # %% [markdown]
 # ## What is there to start from?
@@ -92,25 +107,27 @@ by_hand = F.normalize(real.texts.mean(0), dim=1)  # (C, D), of the prompts above
 alone = [tclip.score(real.features @ text.T, truth)["accuracy"] for text in real.texts]
 together = tclip.score(real.features @ by_hand.T, truth)["accuracy"]
 
-cosines = real.features @ real.mean_text.T  # (N, C); mean_text: of all 107 prompts of RS-TransCLIP
-probs = (cosines / 0.01).softmax(1)  # 0.01 comes in the next section
+cosines = real.features @ real.mean_text.T  # (N, C); mean_text: of all prompts of RS-TransCLIP
+probs = (cosines / TEMPERATURE).softmax(1)  # it comes in the next section
 named = probs.argmax(1)
 right = named == truth
 example = (~right).nonzero()[0].item()  # the first image that CLIP names wrongly
-figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-for ax, values, label in zip(axes, (cosines, probs), ("cosine with the class's text", "softmax(cosine / 0.01)")):
-    best = values[example].argmax().item()
-    ax.barh(real.classes, values[example], color=[RED if c == best else SKY for c in range(C)])
+nearest_texts = cosines[example].topk(10).indices.tolist()
+best, *_ = nearest_texts
+figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
+for ax, values, label in zip(axes, (cosines, probs), ("cosine with its text", f"softmax(cosine / {TEMPERATURE:g})")):
+    colors = [RED if c == best else SKY for c in nearest_texts]
+    ax.barh([real.classes[c] for c in nearest_texts], values[example, nearest_texts], color=colors)
     ax.set_xlabel(label)
 axes[0].invert_yaxis()
-figure.suptitle(f"an image of the class {real.classes[truth[example]]}; red: what CLIP calls it")
+figure.suptitle(f"an image of the class {real.classes[truth[example]]}, and the classes nearest to it")
 plt.show()
 first, second = cosines[example].topk(2).values.tolist()
 takeaway(
     f'CLIP says "{real.classes[best]}" to this image of {real.classes[truth[example]]}: the best cosine is '
     f"{first:.3f}, the next {second:.3f}, and the softmax makes {probs[example, best]:.0%} of it. Of all images "
     f"{min(alone):.1%} to {max(alone):.1%} are named rightly by one prompt, {together:.1%} by the {len(alone)} "
-    f"together, and {tclip.score(probs, truth)['accuracy']:.1%} by all 107 of RS-TransCLIP."
+    f"together, and {tclip.score(probs, truth)['accuracy']:.1%} by all prompts of RS-TransCLIP."
 )
 
 # %% [markdown]
@@ -126,7 +143,8 @@ print("the same as by hand:", torch.allclose(probs, tclip.zero_shot_probs(real.f
 # **In short:** cosines differ by little; the temperature says how much a difference means, and changes no name.
 #
 # A softmax of the cosines as they are would be nearly flat. Dividing by a small *temperature* first spreads them out.
-# CLIP learns this number in its training; OpenAI's ended at 0.01. What would another one do?
+# CLIP learns this number in its training; that at which OpenAI's ended is the default of `zero_shot_probs` above. What
+# would another one do?
 
 # %%
 temperatures = torch.logspace(-3, 0, 31)
@@ -136,17 +154,18 @@ for temperature in temperatures.tolist():
     confidence.append(p.amax(1).mean().item())
     share_right.append(tclip.score(p, truth)["accuracy"])
 
-figure, ax = plt.subplots(figsize=(7, 2.8))
+figure, ax = plt.subplots(figsize=(9, 3.6))
 ax.semilogx(temperatures, confidence, color=BLUE, label="mean confidence")
 ax.semilogx(temperatures, share_right, color=ORANGE, ls="--", label="share that is right")
-ax.axvline(0.01, color=BLACK, lw=1, ls=":", label="CLIP's own")
-ax.axhline(1 / C, color="gray", lw=1, label="all classes alike")
+ax.axvline(TEMPERATURE, color=BLACK, ls=":", label="CLIP's own")
+ax.axhline(1 / C, color="gray", ls="-.", label="all classes alike")
 ax.set(xlabel="temperature", ylabel="share", ylim=(0, 1.05))
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 takeaway(
     f"from the highest temperature to the lowest CLIP sounds {confidence[-1]:.0%} to {confidence[0]:.0%} sure, and "
-    f"{share_right[-1]:.1%} or {share_right[0]:.1%} are right. At its own it is {probs.amax(1).mean():.0%} sure."
+    f"{share_right[-1]:.1%} or {share_right[0]:.1%} are right. At its own, {TEMPERATURE:g}, it is "
+    f"{probs.amax(1).mean():.0%} sure."
 )
 
 # %% [markdown]
@@ -161,13 +180,15 @@ takeaway(
 answer = tclip.score(probs, truth)
 order = torch.tensor(answer["per_class"]).argsort().tolist()
 names = [real.classes[c] for c in order]
-figure, (a, b) = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+figure, (a, b) = plt.subplots(1, 2, figsize=(9, 6), sharey=True)
 a.barh(names, [100 * answer["per_class"][c] for c in order], color=SKY)
-a.set(xlabel="named rightly, in %", title=title)
+a.set(xlabel="named rightly, in %")
 said, there = answer["confusion"].sum(0), answer["confusion"].sum(1)
 b.barh(names, said[order], color=[RED if said[c] > there[c] else SKY for c in order])
-b.plot(there[order], range(len(order)), "|", color=BLACK, ms=11, mew=3)
-b.set(xlabel="images of that name (red: too many); black: in truth")
+(tick,) = b.plot(there[order], range(len(order)), "|", color=BLACK, ms=14, mew=3)
+b.set(xlabel="images of that name")
+patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (RED, SKY)]
+figure.legend([*patches, tick], ["too many", "not too many", "in truth"], loc="outside upper right", ncols=3)
 plt.show()
 low, high = order[0], order[-1]
 most = (said - there).argmax().item()
@@ -185,7 +206,7 @@ takeaway(
 # %%
 config = tclip.Config(**tclip.DATASETS["digits"]["settings"], device="cpu", cache="none")
 digits, _, numbers = tclip.read_dataset(config)
-figure, axes = plt.subplots(1, 2, figsize=(12, 5.8))
+figure, axes = plt.subplots(2, 1, figsize=(8, 12))
 teachers = {"GPT-4V of EuroSAT": gpt4v(), "the offline CLIP of digits": None}
 teachers["the offline CLIP of digits"] = tclip.score(digits.probs, digits.truth)["confusion"], numbers
 lines = []
@@ -208,27 +229,25 @@ takeaway("; ".join(lines) + ".")
 # Text is the weak side. A name is one vector for all that is called so, written by somebody who has not seen the
 # images. The image features are the strong side: images of a class lie together, even where the class is misnamed. Here
 # is a map of them. (t-SNE draws it so that neighbours stay neighbours; distances between islands mean little, the axes
-# nothing.) An image is drawn as a letter, A for the first class and so on: left by its true class, in the middle by
-# CLIP's name, right by the label that tclip makes of both before any training ([notebook 3](03_ensemble_labels.ipynb)
-# shows how). Wrong ones are red.
+# nothing.) An image is a dot; where there is room a letter says its class: first the true one, then CLIP's name, then
+# the label that tclip makes of both before any training ([notebook 3](03_ensemble_labels.ipynb) shows how). Wrong ones
+# are red crosses and red letters.
 
 # %% tags=["picture"]
 torch.manual_seed(0)
 labels = tclip.EnsembleLabels(probs, real.features).targets(slice(None))  # (N, C)
 points = TSNE(perplexity=30, init="pca", random_state=0, max_iter=300 if QUICK else 750).fit_transform(real.features)
-shades = plt.get_cmap("viridis")(torch.linspace(0, 0.9, C).numpy())
-figure, axes = plt.subplots(1, 3, figsize=(14, 5))
-panels = {"the truth": truth, "CLIP's names": named, "tclip's labels before training": labels.argmax(1)}
-for ax, (name, given) in zip(axes, panels.items()):
-    for c in range(C):
-        for wrong in (False, True):
-            here = (given == c) & ((given != truth) == wrong)
-            color = RED if wrong else shades[c] if name == "the truth" else "silver"
-            ax.scatter(*points[here].T, marker=f"${chr(65 + c)}$", s=50, color=color, linewidths=0.3)
-    share = (given == truth).float().mean()
-    ax.set(title=name if name == "the truth" else f"{name}: {share:.1%} right", xticks=[], yticks=[])
-    ax.title.set_fontsize(14)
-    ax.spines[:].set_visible(False)
+letters = [chr(ord("A") + c) for c in range(C)]
+figure, axes = plt.subplots(2, 2, figsize=(9, 9))
+panels = {"the truth": truth, "CLIP's names": named, "tclip's labels": labels.argmax(1)}
+for ax, (name, given) in zip(axes.flat[[0, 2, 3]], panels.items()):
+    wrong = given != truth
+    caption = name if name == "the truth" else f"{name}: {(~wrong).float().mean():.1%} right"
+    show_map(ax, points, [letters[c] for c in given], wrong.numpy(), caption)
+axes[0, 1].axis("off")
+lines = [f"{letter}  {name}" for letter, name in zip(letters, real.classes)]
+for x, column in (0, lines[: -(-C // 2)]), (0.55, lines[-(-C // 2) :]):
+    axes[0, 1].text(x, 0.95, "\n".join(column), va="top", linespacing=1.4)
 plt.show()
 nearest = tclip.nearest(real.features, 1)[:, 0]
 same = truth[nearest] == truth
@@ -255,20 +274,20 @@ diced = named.clone()
 for c in range(C):
     members = (truth == c).nonzero()[:, 0]
     diced[members] = named[members[torch.randperm(len(members))]]
-near = tclip.nearest(real.features, 15)  # (N, 15)
+near = tclip.nearest(real.features, tclip.Config.label_neighbours)  # (N, k)
 counted = torch.tensor([share > 0.5 for share in answer["per_class"]])[truth]  # (N,) bool
 outcome = {}
 for name, given in (("the same noise, diced", diced), ("CLIP's own noise", named)):
     vote = F.one_hot(given[near], C).sum(1).argmax(1)
     outcome[name] = [(some != truth)[counted].float().mean().item() for some in (given, vote)]
-figure, ax = plt.subplots(figsize=(7, 2.6))
+figure, ax = plt.subplots(figsize=(9, 3.4))
 for i, values in enumerate(outcome.values()):
     bars = ax.bar([i - 0.2, i + 0.2], [100 * v for v in values], width=0.38, color=[SKY, BLUE])
     ax.bar_label(bars, fmt="%.1f")
 ax.set_xticks(range(2), outcome)
 ax.set_ylabel("wrong labels, in %")
 patches = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (SKY, BLUE)]
-ax.legend(patches, ["before", "after the neighbours' vote"], loc="center left", bbox_to_anchor=(1, 0.5))
+ax.legend(patches, ["before", "after the\nneighbours' vote"], loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 (start, dice_end), (_, own_end) = outcome.values()
 takeaway(
@@ -277,15 +296,16 @@ takeaway(
 )
 
 # %% [markdown]
-# On the digits one can see such an error. One by one the sevens that are called by the wrong name are hard to tell from
-# the others; it shows in their *mean*.
+# On the digits one can see such an error. One by one those that are called by the wrong name are hard to tell from the
+# others of their class; it shows in their *mean*.
 
 # %%
 confusion, digit = teachers["the offline CLIP of digits"][0], digits.probs.argmax(1)
-worst, favourite = divmod((confusion.float().fill_diagonal_(0) / confusion.sum(1, keepdim=True)).argmax().item(), 10)
+wrong = confusion.float().fill_diagonal_(0) / confusion.sum(1, keepdim=True)
+worst, favourite = divmod(wrong.argmax().item(), len(numbers))
 pairs = (worst, worst), (worst, favourite), (favourite, favourite)
 means = torch.stack([digits.pixels[(digits.truth == t) & (digit == n)].float().mean(0) / 255 for t, n in pairs])
-show_images(means, [f"{numbers[t]}, called {numbers[n]}" for t, n in pairs], columns=3, side=1.7)
+show_images(means, [f"{numbers[t]}, called {numbers[n]}" for t, n in pairs], columns=3, side=2.4)
 plt.show()
 takeaway(
     "errors that follow from how an image looks can be learned like any other concept: a student that imitates its "
@@ -303,12 +323,13 @@ takeaway(
 
 # %%
 confident = probs.amax(1)
-edges = torch.linspace(0, 1, 11)
+BINS = 10
+edges = torch.linspace(0, 1, BINS + 1)
 bins = torch.bucketize(confident, edges[1:-1])
-filled = [b for b in range(10) if (bins == b).any()]
+filled = [b for b in range(BINS) if (bins == b).any()]
 centre = [confident[bins == b].mean().item() for b in filled]
 height = [right[bins == b].float().mean().item() for b in filled]
-figure, (a, b) = plt.subplots(1, 2, figsize=(10, 3.4))
+figure, (a, b) = plt.subplots(1, 2, figsize=(9, 4))
 a.plot([0, 1], [0, 1], color="gray", ls=":", label="perfectly calibrated")
 a.plot(centre, height, "o-", color=BLUE, label="CLIP")
 a.set(xlabel="mean confidence in the bin", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.02))
@@ -318,7 +339,7 @@ b.hist([confident[right].numpy(), confident[~right].numpy()], edges.numpy(), sta
 b.set(xlabel="confidence", ylabel="images")
 b.legend(loc="upper left")
 plt.show()
-sizes = torch.bincount(bins, minlength=10)[filled] / N
+sizes = torch.bincount(bins, minlength=BINS)[filled] / N
 gap = sum(s * abs(c - h) for s, c, h in zip(sizes.tolist(), centre, height))
 half, of_worst = confident.argsort(descending=True)[: N // 2], truth == low
 takeaway(

@@ -50,6 +50,8 @@ from tclip import class_conditional_contrastive_loss
 
 started = time.time()
 torch.manual_seed(0)
+TEMPERATURE, SHARE = tclip.Config.temperature, tclip.Config.class_share
+c3l = partial(class_conditional_contrastive_loss, temperature=TEMPERATURE, class_share=SHARE)  # as tclip trains
 
 # %% [markdown]
 # ## What does a contrastive loss want?
@@ -63,13 +65,13 @@ torch.manual_seed(0)
 #
 # $$L_i = -\log\frac{\exp s_{ii^+}}{\sum_{k\ne i}\exp s_{ik}}$$
 #
-# The loss of a batch is the mean of all $L_i$. No label is in it. In code it is three lines.
+# The loss of a batch is the mean of all $L_i$. No label is in it. In code it is short.
 
 
 # %%
 def simclr(z, targets=None):
     """Unit rows (2B, D) of two views -> a scalar. It reads no labels."""
-    similar = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)  # (2B, 2B); a row is no answer to its own question
+    similar = (z @ z.T / TEMPERATURE).fill_diagonal_(-torch.inf)  # (2B, 2B); a row is no answer to its own question
     other_view = torch.arange(len(z)).roll(len(z) // 2)
     return F.cross_entropy(similar, other_view)
 
@@ -77,7 +79,7 @@ def simclr(z, targets=None):
 B = 6
 z = F.normalize(torch.randn(2 * B, 16), dim=1)  # row i and row i + B are the two views of an image
 no_class, one_class = torch.eye(B), torch.ones(B, 1)  # no two images share a class; all do
-by_tclip = class_conditional_contrastive_loss(z, no_class, temperature=0.5)
+by_tclip = c3l(z, no_class)
 takeaway(
     f"SimCLR is cross-entropy over a batch: {simclr(z):.4f}. tclip's loss, of images all different: {by_tclip:.4f}."
 )
@@ -113,7 +115,7 @@ takeaway(
 # %%
 def supcon(z, targets):
     """Unit rows (2B, D) of two views, labels (B, C) -> a scalar."""
-    similar = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)
+    similar = (z @ z.T / TEMPERATURE).fill_diagonal_(-torch.inf)
     itself = torch.eye(len(z), dtype=torch.bool)
     pulls = (targets @ targets.T).repeat(2, 2).masked_fill(itself.roll(len(z) // 2, 0), 1).masked_fill(itself, 0)
     pulls = pulls / pulls.sum(1, keepdim=True)  # w
@@ -123,19 +125,18 @@ def supcon(z, targets):
 CHOICES = {  # each a function (z, targets) -> loss
     "SimCLR": simclr,
     "SupCon": supcon,
-    "C3L by instance": partial(class_conditional_contrastive_loss, class_share=0),
-    "C3L by class": partial(class_conditional_contrastive_loss, class_share=1),
-    "C3L in tclip": class_conditional_contrastive_loss,
+    "C3L by instance": partial(c3l, class_share=0),
+    "C3L by class": partial(c3l, class_share=1),
+    "C3L in tclip": c3l,
 }
-SHARE = tclip.Config.class_share
-print(f"tclip's default: class_share = {SHARE:g}")
+print(f"tclip's defaults: class_share = {SHARE:g}, temperature = {TEMPERATURE:g}")
 ends = {}
 for name, loss in CHOICES.items():
     ends[name] = [round(loss(z, T).item(), 4) + 0.0 for T in (one_class, no_class)]
     print(f"{name:16} all of one class: {ends[name][0]:7.4f}    all of different classes: {ends[name][1]:7.4f}")
 takeaway(
-    "where no two images share a class all five are the same loss. Where all do, SimCLR and SupCon still push "
-    "everybody apart, and C3L at most the other view: by instance nothing is left to lose "
+    f"where no two images share a class all {len(CHOICES)} are the same loss. Where all do, SimCLR and SupCon still "
+    "push everybody apart, and C3L at most the other view: by instance nothing is left to lose "
     f"({abs(ends['C3L by instance'][0]):.4f})."
 )
 
@@ -152,7 +153,7 @@ takeaway(
 config = tclip.Config(**tclip.DATASETS["digits"]["settings"], device="cpu", cache="none")
 images, _, classes = tclip.read_dataset(config)
 truth, C, EACH = F.one_hot(images.truth).float(), len(classes), 8
-rows = torch.cat([(images.truth == c).nonzero()[:EACH, 0] for c in range(C)])  # eight of each class
+rows = torch.cat([(images.truth == c).nonzero()[:EACH, 0] for c in range(C)])  # EACH of each class
 
 kinds = {
     "the truth": truth,
@@ -160,14 +161,15 @@ kinds = {
     "CLIP, soft": images.probs,
     "tclip's start": tclip.EnsembleLabels(images.probs, images.features).targets(slice(None)),
 }
-figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True)
-for ax, (name, labels) in zip(axes, kinds.items()):
+figure, axes = plt.subplots(2, 2, figsize=(9, 8), sharex=True, sharey=True)
+for ax, (name, labels) in zip(axes.flat, kinds.items()):
     picture = ax.imshow(labels[rows] @ labels[rows].T, cmap="viridis", vmin=0, vmax=1)
-    ax.set(title=name, xlabel="true class of image j")
+    ax.set_title(name)
     ax.set_xticks(torch.arange(C) * EACH + EACH / 2 - 0.5, classes, rotation=90)
     ax.set_yticks(torch.arange(C) * EACH + EACH / 2 - 0.5, classes)
-axes[0].set_ylabel("true class of image i")
-figure.colorbar(picture, ax=axes, label="agreement", shrink=0.8)
+figure.supxlabel("true class of image j", size="medium")
+figure.supylabel("true class of image i", size="medium")
+figure.colorbar(picture, ax=axes, label="agreement", shrink=0.5)
 plt.show()
 
 pair = ~torch.eye(len(truth), dtype=torch.bool)
@@ -190,9 +192,10 @@ takeaway(
 # **In short:** right labels draw classes together; a wrong one can turn the force round.
 #
 # Now a student with an embedding in the plane. A vector of length one is then a point on a circle, and can only move
-# along it. Six images, two views each; three images are of class A (circles) and three of class B (squares), and the
-# groups have begun to part. An arrow shows which way a small step of gradient descent would take a point; the longer,
-# the farther. In the lower row one image of class A carries the label B: its two views have a red ring.
+# along it. So the circle can be drawn unrolled, as a line of angles, one for each loss. Every image has two views; some
+# images are of class A (circles) and some of class B (squares), and the groups have begun to part. An arrow shows which
+# way a small step of gradient descent would take an image, the mean of its two views; the longer, the farther. Below,
+# one image of class A carries the label B: its two views have a red ring, its arrow is red.
 
 # %% tags=["picture"]
 angles = torch.tensor([20.0, 55.0, 80.0, 120.0, 150.0, 190.0])  # A A A B B B
@@ -202,8 +205,8 @@ turn = torch.cat([angles - 5, angles + 5]).deg2rad()  # two views of each
 
 
 def labels_with(share):
-    """Labels (6, 2) on the classes A and B, with `share` of image WRONG's label on the wrong class."""
-    targets = F.one_hot(is_b.long(), 2).float()
+    """Labels on the classes A and B, with `share` of image WRONG's label on the wrong class."""
+    targets = F.one_hot(is_b.long(), 2).float()  # (images, 2)
     targets[WRONG] = torch.tensor([1 - share, share])
     return targets
 
@@ -216,35 +219,38 @@ def force(targets, loss):
     return -moving.grad
 
 
-def draw(ax, share, loss):
-    """The points on the circle, the forces on them outside of it, and a red ring around those with the wrong label."""
-    ax.add_patch(plt.Circle((0, 0), 1, fill=False, color="lightgray", zorder=0))
-    x, y = turn.cos(), turn.sin()
-    push = force(labels_with(share), loss) / 0.3
-    ax.quiver(1.16 * x, 1.16 * y, -push * y, push * x, angles="xy", scale_units="xy", scale=1, width=0.011)
-    for group, marker, color in ((~is_b, "o", SKY), (is_b, "s", ORANGE)):
-        group = group.repeat(2)
-        ax.scatter(x[group], y[group], s=50, marker=marker, color=color, edgecolors="white")
-    if share:
-        rings = [WRONG, WRONG + 6]
-        ax.scatter(x[rings], y[rings], s=100, facecolors="none", edgecolors=RED, linewidths=1.8, zorder=3)
-    ax.set(xlim=(-1.75, 1.75), ylim=(-0.9, 1.6), aspect="equal", xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
+def draw(ax, share, losses):
+    """A line for each loss: all points by their angle, and the forces on the images over them."""
+    degrees = turn.rad2deg()
+    for line, loss in enumerate(losses.values()):
+        ax.axhline(line, color="lightgray", lw=1, zorder=0)
+        for group, marker, color in ((~is_b, "o", SKY), (is_b, "s", ORANGE)):
+            group = group.repeat(2)
+            ax.scatter(degrees[group], [line] * group.sum(), s=90, marker=marker, color=color, edgecolors="white")
+        for i, push in enumerate(force(labels_with(share), loss).view(2, -1).mean(0).tolist()):
+            color, above = RED if share and i == WRONG else BLACK, line - (0.3, 0.52)[i % 2]
+            look = dict(arrowstyle="-|>,head_width=0.3", mutation_scale=14, lw=2.5, color=color, shrinkA=0, shrinkB=0)
+            ax.annotate("", (angles[i] + 100 * push, above), (angles[i], above), arrowprops=look)
+        if share:
+            rings = degrees.view(2, -1)[:, WRONG]
+            ax.scatter(rings, [line] * 2, s=190, facecolors="none", edgecolors=RED, linewidths=2.5)
+    ax.set_yticks(range(len(losses)), losses)
+    ax.set(xlim=(-10, 220), ylim=(len(losses) - 0.5, -0.8))
+    ax.spines["left"].set_visible(False)
+    ax.tick_params("y", length=0)
 
 
-figure, axes = plt.subplots(2, 5, figsize=(13, 4.4))
-for column, (name, loss) in zip(axes.T, CHOICES.items()):
-    draw(column[0], 0, loss)
-    draw(column[1], 1, loss)
-    column[0].set_title(name)
-axes[0, 0].set_ylabel("all labels right")
-axes[1, 0].set_ylabel("one label wrong")
+figure, axes = plt.subplots(2, 1, figsize=(9, 8.5), sharex=True)
+draw(axes[0], 0, CHOICES)
+draw(axes[1], 1, CHOICES)
+axes[0].set_title("all labels right")
+axes[1].set(title="one label wrong", xlabel="angle on the circle, in degrees")
 plt.show()
 
 
 def towards_b(share, loss):
     """Force on the two views of image WRONG in the direction of class B, which lies counter-clockwise of it."""
-    return force(labels_with(share), loss)[[WRONG, WRONG + 6]].sum().item()
+    return force(labels_with(share), loss).view(2, -1)[:, WRONG].sum().item()
 
 
 for name, loss in CHOICES.items():
@@ -268,18 +274,17 @@ takeaway(f"the wrong label turns the force round, towards the wrong class, with:
 
 # %%
 shares = [s / 20 for s in range(21)]
-mixes = {
-    f"C3L, c = {c:g}": partial(class_conditional_contrastive_loss, class_share=c) for c in (1, 0.75, SHARE, 0.25, 0)
-}
-figure, axes = plt.subplots(1, 2, figsize=(11, 3.3), sharey=True)
+mixes = {f"c = {c:g}": partial(c3l, class_share=c) for c in (1, (1 + SHARE) / 2, SHARE, SHARE / 2, 0)}
+figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, width_ratios=[5, 4])
 for ax, losses in zip(axes, (CHOICES, mixes)):
     colors, lines = (BLACK, RED, GREEN, BLUE, PINK), ("-", "--", "-", "-.", ":")
     for (name, loss), color, line in zip(losses.items(), colors, lines):
-        ax.plot(shares, [towards_b(s, loss) for s in shares], color=color, ls=line, label=name)
+        forces = [towards_b(s, loss) for s in shares]
+        ax.plot(shares, forces, color=color, ls=line)
+        ax.annotate(name, (1.03, forces[-1]), color=color, va="center", annotation_clip=False)
     ax.axhline(0, color="gray", lw=0.8)
-    ax.set(xlabel="share of the label on the wrong class", ylim=(-0.75, 0.75))
-    ax.legend(ncols=2, fontsize=8, loc="lower right")
-axes[0].set_ylabel("force towards\nthe wrong class")
+axes[0].set_ylabel("force towards the wrong class")
+figure.supxlabel("share of the label on the wrong class", size="medium")
 plt.show()
 turns = {}  # the share of the label at which the force begins to point at the wrong class, to a percent
 for name, loss in CHOICES.items():
@@ -324,14 +329,16 @@ show_source(class_conditional_contrastive_loss, tclip.tclip_objective)
 #
 # ## Exercises
 #
-# **1.** What does the temperature do? Draw the points with `temperature=0.1` and `2.0`.
+# **1.** What does the temperature do? Draw the points with a low one and a high one.
 #
 # <details><summary>Answer</summary>
 #
-# `draw(ax, 0, partial(class_conditional_contrastive_loss, temperature=0.1))`. A row is pushed by each of the others in
-# proportion to $v_{ik}\exp s_{ik}$, so by those most that are most similar to it, the *hard negatives*. At a low
-# temperature hardly anybody else counts; at a high one all push nearly alike. (Forces also grow as the temperature
-# falls: scale them.)
+# ```python
+# draw(plt.gca(), 0, {f"temperature {t}": partial(c3l, temperature=t) for t in (0.1, TEMPERATURE, 2)})
+# ```
+# A row is pushed by each of the others in proportion to $v_{ik}\exp s_{ik}$, so by those most that are most similar to
+# it, the *hard negatives*. At a low temperature hardly anybody else counts; at a high one all push nearly alike.
+# (Forces also grow as the temperature falls: scale them.)
 # </details>
 #
 # **2.** Place one image of class A among the others (change `angles`), with its right label. Which choices bring it

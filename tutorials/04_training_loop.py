@@ -45,7 +45,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from plots import BLACK, BLUE, ORANGE, PINK, RED, show_images, show_source, takeaway
+from plots import BLACK, BLUE, ORANGE, PINK, show_images, show_map, show_source, takeaway
 from sklearn.manifold import TSNE
 
 import tclip
@@ -58,7 +58,7 @@ config = tclip.Config(**tclip.DATASETS["digits"]["settings"], epochs=EPOCHS, dev
 images, _, classes = tclip.read_dataset(config)
 images = tclip.Images(**{name: part[: 200 if QUICK else None] for name, part in vars(images).items()})
 pixels, probs, N, C = images.pixels, images.probs, len(images.pixels), len(classes)
-LR = config.lr * config.batch_size / 256  # as train() scales it
+LR = max(tclip.learning_rate(config, percent / 100) for percent in range(101))  # the highest that train() reaches
 VIEWS = tclip.VIEWS[config.views]
 print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", "batch_size", "lr")), sep=" | ")
 
@@ -73,14 +73,14 @@ print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", 
 #
 # Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies
 # them. (torchvision's transforms draw once for a batch, so that all its images would be cut alike.) Below the picture
-# are the draws of four views, one in a column. The first four are in shares of the image's side: a width of 0.8 shows a
-# part of the image, one of 1.2 all of it with a margin. The angle is in degrees; the last three are factors.
+# are the draws of some views, one in a column. The first four are in shares of the image's side: a width below one
+# shows a part of the image, one above it all of it with a margin. The angle is in degrees; the last three are factors.
 
 # %%
 print(config.views, "=", VIEWS)
 torch.manual_seed(0)
 columns = [pixels[:4].float() / 255] + [tclip.augment(pixels[:4], **VIEWS) for _ in range(9)]
-show_images(torch.stack(columns, 1).flatten(0, 1), columns=10, side=0.7)
+show_images(torch.stack(columns, 1).flatten(0, 1), columns=10, side=0.9)
 plt.show()
 draw = tclip.draw_views(4, **{k: v for k, v in VIEWS.items() if k != "padding"})
 for name, values in draw.items():
@@ -107,7 +107,7 @@ takeaway("the student's weights: " + ", ".join(f"{count:,} of the {name}" for na
 # %% [markdown]
 # ## What is the least that trains?
 #
-# **In short:** a student, an optimizer, cross-entropy with CLIP's names, and a loop of ten lines.
+# **In short:** a student, an optimizer, cross-entropy with CLIP's names, and a short loop.
 #
 # `report` keeps how right the student is on all images. It is trained on these same images, but with labels of which
 # some are wrong: this is the *transductive* accuracy.
@@ -281,12 +281,13 @@ takeaway(
 # other numbers: this is a picture of the way, not a measurement of its parts.
 
 # %%
-figure, ax = plt.subplots(figsize=(9, 3.4))
+figure, ax = plt.subplots(figsize=(9, 4.6))
 for (name, curve), color, line in zip(curves.items(), (BLACK, ORANGE, PINK, BLUE), (":", "-.", "--", "-")):
-    ax.plot(range(1, EPOCHS + 1), [100 * a for a in curve], color=color, ls=line, lw=2, label=name)
-ax.axhline(100 * teacher, color="gray", lw=1, label="the teacher")
+    ax.plot(range(1, EPOCHS + 1), [100 * a for a in curve], color=color, ls=line, lw=2.5, label=name)
+ax.axhline(100 * teacher, color="gray", label="the teacher")
+ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
 ax.set(xlabel="epoch", ylabel="right, in %", ylim=(0, 100))
-ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+ax.legend(loc="lower right")
 plt.show()
 takeaway("in the end " + ", ".join(f"{curve[-1]:.1%} ({name})" for name, curve in curves.items()) + ".")
 
@@ -345,9 +346,9 @@ takeaway(
 # **In short:** to see apart what its teacher confused.
 #
 # Look at its embedding, before and after (that is, of `tclip.train` above). t-SNE draws a map on which neighbours stay
-# neighbours; sizes of and distances between its islands mean little, its axes nothing. Each digit is drawn as itself,
-# coloured by the true class, which the student never saw. On the right are the same points again: red are the images
-# that CLIP named wrongly.
+# neighbours; sizes of and distances between its islands mean little, its axes nothing. An image is a dot; where there
+# is room the digit says its true class, which the student never saw. Red crosses and red digits are those that CLIP
+# named wrongly.
 
 # %% tags=["picture"]
 chosen = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:600]
@@ -359,17 +360,9 @@ with torch.inference_mode():
 tsne = TSNE(perplexity=30, init="pca", random_state=0, max_iter=300 if QUICK else 750)
 first_map, last_map = (tsne.fit_transform(z.numpy()) for z in (before, after))
 
-figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
-shades = plt.get_cmap("viridis")(torch.linspace(0, 0.9, C).numpy())
-titles = "before", "after", "after: red is what CLIP named wrongly"
-for ax, title, points in zip(axes, titles, (first_map, last_map, last_map)):
-    for c in range(C):
-        for wrong in (False, True):
-            here = ((truth == c) & (misnamed == wrong)).numpy()
-            color = shades[c] if "red" not in title else RED if wrong else "silver"
-            ax.scatter(*points[here].T, marker=f"${c}$", s=32, color=color, linewidths=0.2)
-    ax.set(title=title, xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
+figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
+for ax, points, title in zip(axes, (first_map, last_map), ("before", "after")):
+    show_map(ax, points, truth.tolist(), misnamed.numpy(), title)
 plt.show()
 K = 10
 

@@ -40,6 +40,7 @@ sys.path[:0] = ["..", "."]
 # %%
 sys.path.append("benchmark")
 import inspect
+import json
 import tempfile
 import time
 from functools import partial
@@ -88,10 +89,17 @@ print("\n" + inspect.getsource(ELR))
 # A row is a *suite*: images, and a teacher's answers about them. *teacher* to *tclip*: how many of the unlabeled images
 # are named rightly, by the teacher and by students of the last epoch, in %, mean and standard deviation over the seeds
 # (no deviation: one seed). *held out*: of images that no training saw. *its labels*: how many of the labels are right
-# that tclip ends with. The students of the real teachers are small (a ResNet-8, images at 32 px, 40 epochs), so that a
-# CPU can train them. A cell is empty where nobody has run that yet.
+# that tclip ends with. The students are small, as the lines above the table say, so that a CPU can train them. A cell
+# is empty where nobody has run that yet.
 
 # %%
+students = {}  # a description: the suites that have it
+for given in benchmark.planned("", RESULTS):
+    for row in benchmark.kept(benchmark.asked(given)[1]) if given.suite != "whurs19" else ():
+        student = "{arch}, images at {size} px, {epochs} epochs".format(**json.loads(row["settings"]))
+        students.setdefault(student, {})[given.suite] = True
+for student, suites in students.items():
+    print(f"{student}: {', '.join(suites)}")
 show_table(benchmark.overview(RESULTS))
 
 # %% tags=["picture"]
@@ -100,19 +108,20 @@ for given in benchmark.planned("", RESULTS):
     if given.suite != "whurs19" and not given.study and (rows := benchmark.kept(path := benchmark.asked(given)[1])):
         kept[path.stem] = benchmark.summarise(rows)
 MARKS = {"cross-entropy": (SKY, "o"), "ELR": (PINK, "^"), "SupCon + CE": (ORANGE, "s"), "tclip": (BLUE, "D")}
-figure, ax = plt.subplots(figsize=(9, 1.2 + 0.5 * len(kept)))
+figure, ax = plt.subplots(figsize=(9, 1.6 + 0.6 * len(kept)))
 for place, (teacher, *lines) in enumerate(kept.values()):
     ax.plot([100 * teacher["unlabeled"][0]] * 2, [place - 0.35, place + 0.35], color=BLACK, lw=3)
     ax.axhline(place, color="lightgray", lw=0.8, zorder=0)
     for line in lines:
         if line["name"] in MARKS:
             (mean, sd), (color, marker) = line["unlabeled"], MARKS[line["name"]]
-            ax.errorbar(100 * mean, place, xerr=100 * sd, color=color, marker=marker, ms=9, capsize=3)
+            at = place + 0.18 * (list(MARKS).index(line["name"]) - (len(MARKS) - 1) / 2)  # one below the other
+            ax.errorbar(100 * mean, at, xerr=100 * sd, color=color, marker=marker, ms=9, capsize=4)
 ax.set_yticks(range(len(kept)), kept)
 ax.set(xlabel="unlabeled images named right, in %", ylim=(max(1, len(kept)) - 0.5, -0.5), xlim=(None, 101))
 handles = [plt.Line2D([], [], color=BLACK, lw=3)]
 handles += [plt.Line2D([], [], color=color, marker=marker, ms=9, ls="") for color, marker in MARKS.values()]
-figure.legend(handles, ["teacher", *MARKS], loc="outside upper center", ncols=5)
+figure.legend(handles, ["teacher", *MARKS], loc="outside upper right", ncols=5, columnspacing=1, handletextpad=0.4)
 plt.show()
 better, worse = [], []
 for suite, (teacher, *lines) in kept.items():
@@ -130,23 +139,24 @@ takeaway(
 #
 # **In short:** before any training, CLIP's own image features mend most of its names, with equal classes and without.
 #
-# WHU-RS19, named by OpenAI's CLIP RN50, ViT-B/32 and ViT-L/14: labels that are right, in %, mean of the three and of
-# three draws where classes are unequal ([notebook 3](03_ensemble_labels.ipynb)). *TransCLIP* is our own small version
-# after the paper.
+# WHU-RS19, named by several CLIPs of OpenAI: labels that are right, in %, the mean of these, and of some draws where
+# classes are unequal ([notebook 3](03_ensemble_labels.ipynb)). *TransCLIP* is our own small version after the paper.
 
 # %%
 labels = benchmark.read_rows(RESULTS / "whurs19.csv")
+draws = {row["seed"] for row in labels if row["classes"] != "1 : 1"}
+print(", ".join(dict.fromkeys(row["model"] for row in labels)), f"| {len(draws)} draws where classes are unequal")
 show_table(whurs19.table(labels) if labels else "nobody has run it yet")
 
 # %% [markdown]
 # ## Which part of it helps?
 #
-# **In short:** compare the line of tclip with the others, which change one thing in it; one seed.
+# **In short:** compare the line of tclip with the others, which change one thing in it.
 #
 # The digits, where the tiny offline CLIP has image features: without the contrastive loss (C3L), with labels that stay
 # as they are, with a term of the rule left out, with other constants. What better labels alone bring to other methods
 # stands in the table of *digits-10to1* in the results, as "on tclip's start". *worst class*: the lowest accuracy of a
-# single class. Seconds are wall time; the machine had other work beside.
+# single class. With few seeds small differences say nothing. Seconds are wall time; the machine had other work beside.
 
 # %%
 digits = benchmark.kept(RESULTS / "digits-study.csv")
@@ -190,7 +200,7 @@ takeaway(f"the runs that were timed so far take {total / 3600:.0f} hours from no
 # %% [markdown]
 # ## Does it hold while I watch?
 #
-# **In short:** try: few of the digits, few epochs, some of the methods; see how far two seeds differ.
+# **In short:** try: few of the digits, few epochs, some of the methods; see how far the seeds differ.
 
 # %%
 FEW, EPOCHS, SEEDS = (100, 1, 1) if QUICK else (400, 10, 2)  # images, epochs, seeds
@@ -229,7 +239,7 @@ takeaway(
 #
 # **In short:** the same method with a larger student and all images, where somebody has run it.
 #
-# `python tutorials/benchmark/gpu.py` measures speed and full-size runs (a ResNet-18, all images) on a GPU.
+# `python tutorials/benchmark/gpu.py` measures speed and full-size runs on a GPU.
 
 # %%
 folders = RESULTS, RESULTS / "gpu"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from IPython import get_ipython
 from IPython.display import display
+from matplotlib.patheffects import withStroke
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import tclip
@@ -19,9 +20,11 @@ import tclip
 # Okabe and Ito's palette, without its yellow, which is hard to see on white.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
 
+# No figure is wider than nine inches: so its text can be read where it is shown at half its size, too.
 plt.rcParams |= {
-    "figure.dpi": 80,
-    "font.size": 11,
+    "figure.dpi": 100,
+    "font.size": 14,
+    "lines.linewidth": 2,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -70,21 +73,36 @@ def show_images(pixels, titles=None, columns=10, colors=None, side=0.85):
         if i < len(pixels):
             ax.imshow(pixels[i].permute(1, 2, 0).numpy())
             if titles:
-                ax.set_title(titles[i], fontsize=8 if side < 1 else 11, color=colors[i] if colors else BLACK)
+                ax.set_title(titles[i], color=colors[i] if colors else BLACK)
     return figure
 
 
+def show_map(ax, points, marks, wrong, title):
+    """A map (N, 2): silver dots, red crosses where `wrong` (N,). Marks, a letter each, where they find room."""
+    for which, color, marker in ((~wrong, "silver", "o"), (wrong, RED, "x")):
+        ax.scatter(*points[which].T, s=18, color=color, marker=marker, linewidths=1)
+    places, shown = (points - points.min(0)) / np.ptp(points, axis=0), []
+    for i in np.random.default_rng(0).permutation(len(points)):
+        if all(np.abs(places[i] - places[j]).max() > 0.07 for j in shown):
+            shown.append(i)
+            text = ax.text(*points[i], marks[i], ha="center", va="center", size=16, weight="bold")
+            text.set(color=RED if wrong[i] else BLACK, path_effects=[withStroke(linewidth=3, foreground="white")])
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
 def show_shares(ax, confusion, classes, title, truth="what the image is"):
-    """A confusion matrix (C, C) as shares of each row, in %."""
+    """A confusion matrix (C, C) as shares of each row, in %. A class has a letter, which stands alone below."""
     shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp_min(1)
     picture = ax.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=100)
-    ax.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
-    ax.set_yticks(range(len(classes)), classes)
+    letters = [chr(ord("A") + c) for c in range(len(classes))]
+    ax.set_xticks(range(len(classes)), letters)
+    ax.set_yticks(range(len(classes)), [f"{name}  {letter}" for name, letter in zip(classes, letters)])
     ax.set(xlabel="what it is called", ylabel=truth, title=title)
     for t, row in enumerate(shares.round().int().tolist()):
         for p, share in enumerate(row):
             if share:
-                ax.text(p, t, share, ha="center", va="center", fontsize=10, color="white" if share < 60 else "black")
+                ax.text(p, t, share, ha="center", va="center", fontsize=13, color="white" if share < 60 else "black")
     return picture
 
 
