@@ -372,15 +372,15 @@ wrong = first != truth
 said, tables, log, judged, trials = {}, {}, {}, [], {}
 
 
-def watched_verdict(answers, near):
+def watched_verdict(answers, near, *enough):
     """tclip's verdict; what it is given is kept."""
     judged.append((answers, near))
-    return own_verdict(answers, near)
+    return own_verdict(answers, near, *enough)
 
 
-def trusting_verdict(answers, near):
+def trusting_verdict(answers, near, *enough):
     """The same, but a = 1."""
-    return torch.stack([torch.tensor(1.0), own_verdict(answers, near)[1]])
+    return torch.stack([torch.tensor(1.0), own_verdict(answers, near, *enough)[1]])
 
 
 frozen = replace(config, label_momentum=1.0, class_prior="none"), start, None
@@ -432,9 +432,10 @@ takeaway(
 #
 # In the student's embedding the trial lasts some epochs. Then `verdict` looks at what the teacher concedes: *conceded*
 # is the mean probability that it gives to the neighbourhoods' choices, divided by that of its own first choices. If
-# this reaches a threshold, which is in the last line of `verdict`, labels stand well without the teacher, and $a$ stays
-# zero, as long as that holds: it is asked again after each epoch. That matters where a teacher errs for whole classes,
-# as here: its word would be wrong for the same images in every epoch. Elsewhere $a$ becomes one, and so it always is in
+# is `enough`, labels stand well without the teacher, and $a$ stays zero. (It is asked again after each epoch, with less
+# that is enough: labels that stand alone may wander off, but good ones concede less, too, since they mend what the
+# teacher says.) That matters where a teacher errs for whole classes, as here: its word would be wrong for the same
+# images in every epoch. Elsewhere $a$ becomes one, and so it always is in
 # CLIP's own features: its answers are made of these, so that the two agree proves nothing. (The constants of `verdict`
 # were found by trial, and a run so short that the trial ends before the student knows much ends up on the other side of
 # the threshold.)
