@@ -432,13 +432,12 @@ takeaway(
 #
 # In the student's embedding the trial lasts some epochs. Then `verdict` looks at what the teacher concedes: *conceded*
 # is the mean probability that it gives to the neighbourhoods' choices, divided by that of its own first choices. If
-# is `enough`, labels stand well without the teacher, and $a$ stays zero. (It is asked again after each epoch, with less
-# that is enough: labels that stand alone may wander off, but good ones concede less, too, since they mend what the
-# teacher says.) That matters where a teacher errs for whole classes, as here: its word would be wrong for the same
-# images in every epoch. Elsewhere $a$ becomes one, and so it always is in
-# CLIP's own features: its answers are made of these, so that the two agree proves nothing. (The constants of `verdict`
-# were found by trial, and a run so short that the trial ends before the student knows much ends up on the other side of
-# the threshold.)
+# this is `enough`, labels stand well without the teacher, and $a$ stays zero. (It is asked again after each epoch, when
+# less is enough: labels that stand alone may wander off, but good ones, too, come to contradict a teacher that errs.)
+# That matters where a teacher errs for whole classes, as here: its word would be wrong for the same images in every
+# epoch. Elsewhere $a$ becomes one, and so it always is in CLIP's own features: its answers are made of these, so that
+# the two agree proves nothing. (The constants of `verdict` were found by trial, and a run so short that the trial ends
+# before the student knows much ends up on the other side of the threshold.)
 
 # %%
 answers, near = judged[1]  # at the end of the trial in the student's embedding; the first was in CLIP's features
