@@ -94,19 +94,18 @@ print("\n" + inspect.getsource(ELR))
 
 # %%
 students = {}  # a description: the suites that have it
-for given in benchmark.planned("", RESULTS):
-    for row in benchmark.kept(benchmark.asked(given)[1]) if given.suite != "whurs19" else ():
-        student = "{arch}, images at {size} px, {epochs} epochs".format(**json.loads(row["settings"]))
-        students.setdefault(student, {})[given.suite] = True
+for suite, rows in benchmark.suites_of(RESULTS).items():
+    student = "{arch}, images at {size} px, {epochs} epochs".format(**json.loads(rows[0]["settings"]))
+    students.setdefault(student, {})[suite.removesuffix("-study")] = True
 for student, suites in students.items():
     print(f"{student}: {', '.join(suites)}")
 show_table(benchmark.overview(RESULTS))
 
 # %% tags=["picture"]
 kept = {}  # of each suite of the plan that has results: the lines of its table, the teacher first
-for given in benchmark.planned("", RESULTS):
-    if given.suite != "whurs19" and not given.study and (rows := benchmark.kept(path := benchmark.asked(given)[1])):
-        kept[path.stem] = benchmark.summarise(rows)
+for suite, rows in benchmark.suites_of(RESULTS).items():
+    if not suite.endswith("-study"):
+        kept[suite] = benchmark.summarise(rows)
 MARKS = {"cross-entropy": (SKY, "o"), "ELR": (PINK, "^"), "SupCon + CE": (ORANGE, "s"), "tclip": (BLUE, "D")}
 figure, ax = plt.subplots(figsize=(9, 1.6 + 0.6 * len(kept)))
 for place, (teacher, *lines) in enumerate(kept.values()):

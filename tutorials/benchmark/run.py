@@ -60,20 +60,32 @@ from tclip_app.files import write_whole
 RESULTS = HERE / "results"
 ALL_METHODS = STUDY | METHODS | STARTED
 
+OTHERS, STARTS = "ELR,SupCon + CE", "cross-entropy on tclip's start,SupCon + CE on tclip's start"
 PLAN = (  # of --all: the commands whose rows are the tables of README and results, real teachers first
-    "--suite eurosat-gpt4v --methods 'tclip,cross-entropy'",
-    "--suite cifar10-clip --methods tclip --seeds 1",
-    "--suite cifar10-votes --methods tclip --seeds 1",
-    "--suite cifar10-annotator --methods tclip --seeds 1",
-    "--suite cifar10-annotator --methods tclip --seeds 1 --class-prior uniform",
+    "--suite eurosat-gpt4v --methods tclip,cross-entropy",
+    f"--suite eurosat-gpt4v --methods '{OTHERS}' --seeds 1",
+    "--suite cifar10-clip --methods tclip",
+    f"--suite cifar10-clip --methods 'cross-entropy,{OTHERS}' --seeds 1",
+    "--suite cifar10-clip-french --methods tclip --seeds 1",
+    "--suite cifar10-votes --methods tclip",
+    f"--suite cifar10-votes --methods 'cross-entropy,{OTHERS}' --seeds 1",
     "--suite whurs19",
     "--suite whurs19 --study",
-    "--suite digits --methods 'tclip,cross-entropy'",
+    f'--suite digits --methods "tclip,cross-entropy,{OTHERS},{STARTS}"',
     "--suite digits --methods tclip --class-prior uniform",
-    "--suite digits-10to1 --methods 'tclip,cross-entropy,ELR,SupCon + CE,GCE,soft labels'",
+    f'--suite digits-10to1 --methods "tclip,cross-entropy,{OTHERS},GCE,soft labels,{STARTS}"',
     "--suite digits-10to1 --methods tclip --class-prior right",
     "--suite digits-10to1 --methods tclip --class-prior uniform",
+    "--suite mnist --methods tclip",
+    "--suite mnist --methods tclip --class-prior uniform",
+    "--suite cifar10-annotator --methods tclip",
+    f"--suite cifar10-annotator --methods 'cross-entropy,{OTHERS}' --seeds 1",
+    "--suite cifar10-annotator --methods tclip --class-prior uniform",
+    "--suite eurosat-simulated --methods tclip --seeds 1",
+    "--suite eurosat-simulated --methods tclip --seeds 1 --class-prior uniform",
     "--suite digits --study --seeds 1",
+    "--suite eurosat-gpt4v --study --seeds 1 --methods 'tclip,without C3L,with fixed labels'",
+    "--suite eurosat-gpt4v --study --seeds 1 --methods 'class share 0.0,class share 1.0,trust 0,without the mass'",
 )
 
 # ==== Runs and their rows =============================================================================================
@@ -303,6 +315,12 @@ def planned(root, results):
     return [parse([*shlex.split(command), "--root", str(root), "--results", str(results)]) for command in PLAN]
 
 
+def suites_of(results):
+    """A dict name -> rows that count, for each csv file of PLAN that has any, but for whurs19."""
+    paths = dict.fromkeys(asked(given)[1] for given in planned("", results) if given.suite != "whurs19")
+    return {path.stem: rows for path in paths if (rows := kept(path))}
+
+
 def overview(results):
     """Markdown: a line for each suite of PLAN that has results, with cross-entropy, the best other method, and tclip.
 
@@ -310,14 +328,14 @@ def overview(results):
     """
     cells = [["suite", "named by", "teacher", "cross-entropy", "best other", "tclip", "tclip, held out", "its labels"]]
     cells.append(["---"] * len(cells[0]))
-    for given in planned("", results):
-        if given.suite == "whurs19" or given.study or not (rows := kept(path := asked(given)[1])):
+    for suite, rows in suites_of(results).items():
+        if suite.endswith("-study"):
             continue
         teacher, *lines = summarise(rows)
         of = {line["name"]: line for line in lines}
         others = [name for name in of if "tclip" not in name and name != "cross-entropy"]
         best = max(others, key=lambda name: of[name]["unlabeled"], default=None)
-        row = [path.stem, rows[0]["teacher"], percent(teacher["unlabeled"])]
+        row = [suite, rows[0]["teacher"], percent(teacher["unlabeled"])]
         row.append(percent(of["cross-entropy"]["unlabeled"]) if "cross-entropy" in of else "")
         row.append(f"{percent(of[best]['unlabeled'])} ({best})" if best else "")
         row += [percent(of["tclip"][column]) if "tclip" in of else "" for column in ("unlabeled", "held out", "labels")]
@@ -329,12 +347,11 @@ def write_tables(results):
     """tables.md: the overview, and the table of each suite of PLAN."""
     text = "# Tables\n\nWritten by `run.py --all` from the csv files here; what they mean: [README.md](README.md).\n\n"
     text += overview(results) + "\n"
-    for given in planned("", results):
-        name = f"whurs19{'-study' * given.study}"
-        if given.suite == "whurs19" and (rows := read_rows(results / f"{name}.csv")):
+    for name in ("whurs19", "whurs19-study"):
+        if rows := read_rows(results / f"{name}.csv"):
             text += f"\n## {name}\n\n{whurs19.table(rows)}\n"
-        elif given.suite != "whurs19" and (rows := kept(path := asked(given)[1])):
-            text += f"\n## {path.stem}\n\n{table(summarise(rows))}\n"
+    for suite, rows in suites_of(results).items():
+        text += f"\n## {suite}\n\n{table(summarise(rows))}\n"
     write_whole(results / "tables.md", lambda file: file.write(text), "w")
 
 
@@ -363,10 +380,9 @@ def everything(root, results):
 
 
 def other_tables(root, results):
-    """Images of unknown classes; a few labels, on the digits."""
-    for command in ("unknown.py", "few_labels.py --suites digits"):
-        script, *options = command.split()
-        options += ["--root", str(root), "--results", str(results), "--seeds", "1"]
+    """Images of unknown classes; a few labels."""
+    for script in ("unknown.py", "few_labels.py"):
+        options = ["--root", str(root), "--results", str(results), "--seeds", "1"]
         subprocess.run([sys.executable, str(HERE / script), *options], check=True)
 
 
