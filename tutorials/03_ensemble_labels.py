@@ -52,7 +52,8 @@ started = time.time()
 QUICK = os.environ.get("TCLIP_QUICK") == "1"  # few images and epochs, to test that all cells run
 torch.manual_seed(0)
 K, MOMENTUM = tclip.Config.label_neighbours, tclip.Config.label_momentum
-TRUST, SHARPNESS, SMOOTHING = (p.default for p in list(inspect.signature(tclip.bayes_rule).parameters.values())[-3:])
+rule = inspect.signature(tclip.bayes_rule).parameters
+TRUST, SHARPNESS, SMOOTHING = (rule[name].default for name in ("trust", "sharpness", "smoothing"))
 SHORT = dict(epochs=2 if QUICK else 24, batch_size=64)  # small batches: more steps, so that few epochs are enough
 config = tclip.Config(**tclip.DATASETS["digits"]["settings"] | SHORT, device="cpu", cache="none")
 digits, _, numbers = tclip.read_dataset(config)
