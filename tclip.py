@@ -2,7 +2,6 @@
 
     python tclip.py                                              # handwritten digits: offline, a minute on a CPU
     python tclip.py --dataset cifar10                            # named by OpenAI's CLIP ViT-B/32, for a GPU
-    python tclip.py --resume runs/cifar10                        # go on where a run was interrupted
 
 CLIP names every image once, for some classes nearly always wrongly. A small network is trained from scratch on that by
 a class-conditional contrastive loss and ensemble labels: Huang et al., "Transductive CLIP with Class-Conditional
@@ -22,6 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -160,7 +160,7 @@ def verdict(answers, near, enough=0.81):
     """The exponents (a, s) of bayes_rule(), after a trial in which the labels stood without the teacher's word (a = 0).
     foretold: how often the neighbourhoods' first choice (N, C) is the teacher's, over its mean confidence; the less it
     is, the less the embedding knows: s = 1.5 (foretold / 0.9)^4, at most 1.5. conceded: the probability that its
-    answers (N, C) give to their choice, over the same. If it is `enough`, its word is not missed: a = 0; else a = 1.
+    answers (N, C) give to their choice, over the same. From `enough` on its word is not missed: a = 0; else a = 1.
     (The constants were found by trial.) Answers that are even are none.
     """
     told = answers.amax(1) > answers.amin(1)
@@ -233,7 +233,7 @@ class EnsembleLabels(torch.nn.Module):
             said = F.normalize(self.predictions[seen].float(), p=1, dim=1)
             near = self.update(seen, said, nearest(F.normalize(self.embeddings[seen], dim=1), self.neighbours))
             self.trial -= 1
-            if self.trial <= 0:  # and later, where labels may have wandered off alone; good ones, too, concede less
+            if self.trial <= 0:  # later, too: labels may wander off alone. But good ones contradict a bad teacher
                 trust, sharpness = verdict(self.answers[seen].float(), near, 0.81 if self.trial == 0 else 0.7)
                 self.exponents[0] = torch.maximum(self.exponents[0], trust)
                 self.exponents[1] = sharpness if self.trial == 0 else self.exponents[1]
@@ -337,7 +337,7 @@ def resnet8(size):
 # ==== Training: under torchrun each process has all images and labels, and takes its share of each batch ==============
 def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None, student=None, labels=None):
     """Train a student on unlabeled images and what a teacher says of them: (student, labels). No truth comes here.
-    pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's; certain ones, 0 and 1, cannot be mended. features: its
+    pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's; certain ones, 0 and 1, are hardly mended. features: its
     unit image features (N, D), or None. out: folder (Path) for metrics.csv and checkpoint.pt, written each epoch; from
     these training goes on, on a CPU to the bit as if it had never stopped. objective, student, labels: in place of
     tclip_objective(), a Student, EnsembleLabels. on_epoch: called after each epoch with its row, student and labels.
@@ -426,8 +426,6 @@ def tclip_objective(logits, z, index, labels, config):
     logits (2B, C) and unit embeddings z (2B, D) of two views: rows i and i + B are of the image index[i]."""
     targets = labels.targets(index)  # (B, C)
     cross_entropy = F.cross_entropy(logits, targets.repeat(2, 1))
-    if config.c3l_weight == 0:
-        return cross_entropy, 0 * z.sum()  # DDP wants a gradient of each weight
     c3l = class_conditional_contrastive_loss(z, targets, config.temperature, config.class_share)
     return cross_entropy, config.c3l_weight * c3l
 
@@ -503,12 +501,11 @@ DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)
         settings=dict(size=16, arch="resnet8", views="writing", clip="offline"),
     ),
     "cifar10": dict(
-        source=lambda root, train: torchvision.datasets.CIFAR10(root, train, download=True),
+        source=lambda root, train: torchvision.datasets.CIFAR10(root, train, download=True), settings=dict(),
         templates=[f"a {kind}photo of {a} {{}}." for a in ("a", "the") for kind in
                    ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")]
                 + [f"a photo of {a} {{}}." for a in ("a small", "the small", "a big", "the big")],
         classes=["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
-        settings=dict(),
     ),
 }  # fmt: skip
 
@@ -516,7 +513,7 @@ DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)
 def load_images(config, split, clip):
     """Read the "train" (unlabeled) or "test" (held-out) split of a data set once: Images, but for probs.
     CLIP's features are kept in the folder config.cache, a file for each data set, split and model, and used again as
-    long as there is one for each image and the first eight come out the same. UserError: the data set cannot be had."""
+    long as there is one for each image and the first eight come out the same. UserError: no data set, or no folder."""
     try:
         source = DATASETS[config.dataset]["source"](config.root, split == "train")  # torchvision downloads
     except (OSError, RuntimeError) as error:
@@ -526,7 +523,9 @@ def load_images(config, split, clip):
     file, features = f"{config.dataset}-{split}-{re.sub('[^A-Za-z0-9.]+', '-', clip.name)}.npy", None
     try:
         file = Path(config.cache).expanduser() / file
-        config.cache == "none" or file.parent.mkdir(parents=True, exist_ok=True)
+        if config.cache != "none":
+            file.parent.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=file.parent).close()
     except (OSError, RuntimeError) as error:  # a RuntimeError where there is no home
         raise UserError(f"--cache {config.cache}: {error}; choose another, or none") from error
     if config.cache != "none" and file.exists():
@@ -691,14 +690,15 @@ def write_results(config, unlabeled, heldout, classes, student, labels, started)
     for who, probs in said.items():
         (confidence, number), prefix = probs.max(1), f"{who}_".removeprefix("label_")
         columns |= {f"{prefix}label": [classes[c] for c in number], f"{prefix}confidence": confidence.tolist()}
-    if (known := truth >= 0).any():
+    if (truth >= 0).any():
         columns["truth"] = [classes[c] if c >= 0 else "" for c in truth]
         side = min(4 + 0.18 * len(classes), 20)
         figure = Figure((2 * side + 1, side), layout="compressed")
-        look = dict(labels=range(len(classes)), display_labels=classes, normalize="true", im_kw=dict(vmin=0, vmax=1))
-        look |= dict(include_values=len(classes) <= 20, values_format=".0%", xticks_rotation=90)
         for ax, who in zip(figure.subplots(1, 2), ("teacher", "student")):
-            ConfusionMatrixDisplay.from_predictions(truth[known], said[who][known].argmax(1), ax=ax, **look)
+            confusion = scores[f"unlabeled_{who}"]["confusion"].numpy()
+            shares = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)  # of the true class, in %
+            look = dict(include_values=len(classes) <= 20, values_format=".0f", im_kw=dict(vmin=0, vmax=100))
+            ConfusionMatrixDisplay(shares, display_labels=classes).plot(ax=ax, xticks_rotation=90, **look)
             ax.set_title(f"{who}: {summary[f'unlabeled_{who}_accuracy']:.1%} right")
         figure.savefig(out / "noise.png", dpi=120, bbox_inches="tight")
     write_csv(out / "labels.csv", [dict(zip(columns, row)) for row in zip(*columns.values())])
@@ -733,7 +733,7 @@ def main(argv=None):
     sys.stderr = sys.stderr or open(os.devnull, "w")  # where it is closed, a progress bar would fail
     given = vars(parser.parse_args(argv))
     folder, name = given.pop("resume"), given.get("dataset", Config.dataset)
-    folder = os.path.dirname(folder) or "." if folder and os.path.isfile(folder) else folder
+    folder = (os.path.dirname(folder) or ".") if folder and os.path.isfile(folder) else folder
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
     Student(given.get("arch", Config.arch), 2)  # an unknown one is told before anything is read

@@ -156,12 +156,12 @@ def class_prior(prior, classes):
     return prior
 
 
-def read_pseudo_labels(path, classes=None):
+def read_pseudo_labels(path, classes=None, told=False):
     """Another teacher's answers: (file names, class names, probs float32 (N, C), unit features (N, D) or None).
 
     path: see read_npz() for .npz, read_labels() for .csv; what a confidence lacks to 1 is spread evenly over the other
-    classes, see answered().
-    classes: names to put the columns in order of; None: those of the file. UserError: other classes.
+    classes, and where there is none it is the usual_confidence(), which is `told`. classes: names to put the columns in
+    order of; None: those of the file. UserError: other classes.
     """
     if Path(path).suffix.lower() == ".npz":
         files, own, probs, features = read_npz(path)
@@ -173,18 +173,24 @@ def read_pseudo_labels(path, classes=None):
     found = read_labels(path)
     labels, confidence = zip(*found.values())
     classes = classes or distinct(labels)
-    confidence = torch.tensor([math.nan if value is None else value for value in confidence])
+    usual, silent = usual_confidence(len(classes)), confidence.count(None)
+    if told and silent:
+        tell(f"{silent} labels of {path} have no confidence: each counts {usual:.2f}")
+    confidence = torch.tensor([usual if value is None else value for value in confidence])
     numbers = torch.tensor(class_numbers(labels, classes, path))
     return list(found), classes, answered(numbers, confidence, len(classes)), None
 
 
-def answered(numbers, confidence, classes):
-    """Probabilities (N, C) of one answer an image: class numbers, int64 (N,), and how sure it is, (N,), nan: not told.
+def usual_confidence(classes):
+    """What a label counts that comes without confidence: 0.6; of fewer than ten classes so much that it is 13.5 times
+    as likely as any other, as 0.6 makes it of ten. (By trial: certain labels are hardly mended. Labels known to be good
+    are better told with a confidence of their own.)"""
+    return max(0.6, 13.5 / (12.5 + classes))
 
-    Then it counts as 13.5 times as likely as any other class, and 0.6 at least: certain answers could not be mended.
-    """
-    confidence = confidence.nan_to_num(max(0.6, 13.5 / (12.5 + classes)))[:, None]
-    confidence = confidence.clamp_min(1 / classes)  # (N, 1): a label is the likeliest class
+
+def answered(numbers, confidence, classes):
+    """Probabilities (N, C) of one answer an image: class numbers, int64 (N,), and how sure it is, (N,)."""
+    confidence = confidence[:, None].clamp_min(1 / classes)  # (N, 1): a label is the likeliest class
     mine = F.one_hot(numbers, classes)  # (N, C)
     return mine * confidence + (1 - mine) * (1 - confidence) / (classes - 1)
 

@@ -35,7 +35,7 @@ def test_names_come_back(tmp_path):
     assert not [cell for cell in cells if cell[0] in "=+-@\t\r"]
 
 
-def test_pseudo_labels_of_csv(tmp_path):
+def test_pseudo_labels_of_csv(tmp_path, capsys):
     """What a confidence lacks to 1 goes to the other classes, evenly; a label stays the likeliest class. Without one it
     is 13.5 times as likely as any other, and 0.6 at least. Columns are in the order of the given classes, in any
     spelling."""
@@ -47,7 +47,9 @@ def test_pseudo_labels_of_csv(tmp_path):
         probs, torch.tensor([[0.15, 0.7, 0.15], [27 / 31, 2 / 31, 2 / 31], [1 / 3, 1 / 3, 1 / 3]])
     )
     (tmp_path / "b.csv").write_text("file,label\n1,c7\n")
-    said = read_pseudo_labels(tmp_path / "b.csv", [f"c{i}" for i in range(21)])[2]
+    assert not capsys.readouterr().err
+    said = read_pseudo_labels(tmp_path / "b.csv", [f"c{i}" for i in range(21)], told=True)[2]
+    assert capsys.readouterr().err == f"1 labels of {tmp_path / 'b.csv'} have no confidence: each counts 0.60\n"
     torch.testing.assert_close(said, torch.full((1, 21), 0.02).index_fill(1, torch.tensor([7]), 0.6))
     assert read_pseudo_labels(tmp_path / "a.csv")[1] == ["Dog", "cat", "old_cow"]
     with pytest.raises(UserError, match="'old_cow' is not among the classes"):

@@ -119,10 +119,12 @@ def test_home_and_streams(tmp_path, monkeypatch):
 
 
 def test_no_place_for_features(tmp_path, monkeypatch):
-    """A home that is not known, and a file where the folder of CLIP's features would be, are told in one line."""
+    """A home that is not known, a file where the folder of CLIP's features would be, and a folder that takes no file
+    are told in one line, before CLIP is asked."""
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    for cache in ("~nobody-is-called-so/cache", "file/cache"):
+    monkeypatch.setattr(tclip.Clip, "encode_images", None)
+    for cache in ("~nobody-is-called-so/cache", "file/cache", *["/proc"] * Path("/proc").is_dir()):
         with pytest.raises(UserError, match=f"^--cache {cache}: [^\n]+; choose another, or none$"):
             main([*SMALL, "--cache", cache])
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from tclip import EnsembleLabels, text_classifier, zero_shot_probs
-from tclip_app.answers import answered
+from tclip_app.answers import answered, usual_confidence
 
 sys.path.insert(0, str(ROOT / "tutorials"))
 import real_answers  # noqa: E402
@@ -63,7 +63,7 @@ def test_real_clip():
     _, real = pytest.importorskip("plots", reason="IPython is not installed").real_clip()
     assert round(100 * (real.probs.argmax(1) == real.truth).float().mean().item(), 1) == WHU_RS19["ViT-B-32"]
     choice = real.probs.argmax(1)
-    for probs in (real.probs, answered(choice, torch.full(choice.shape, torch.nan), 19)):
+    for probs in (real.probs, answered(choice, torch.full(choice.shape, usual_confidence(19)), 19)):
         assert_mended(probs, real.features, real.truth)
     certain = EnsembleLabels(F.one_hot(choice).float(), real.features).table.argmax(1)
     assert (certain == choice).float().mean() > 0.99

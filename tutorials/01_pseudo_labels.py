@@ -113,7 +113,7 @@ named = probs.argmax(1)
 right = named == truth
 example = (~right).nonzero()[0].item()  # the first image that CLIP names wrongly
 nearest_texts = cosines[example].topk(10).indices.tolist()
-best, *_ = nearest_texts
+best = nearest_texts[0]
 figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
 for ax, values, label in zip(axes, (cosines, probs), ("cosine with its text", f"softmax(cosine / {TEMPERATURE:g})")):
     colors = [RED if c == best else SKY for c in nearest_texts]
@@ -143,8 +143,8 @@ print("the same as by hand:", torch.allclose(probs, tclip.zero_shot_probs(real.f
 # **In short:** cosines differ by little; the temperature says how much a difference means, and changes no name.
 #
 # A softmax of the cosines as they are would be nearly flat. Dividing by a small *temperature* first spreads them out.
-# CLIP learns this number in its training; that at which OpenAI's ended is the default of `zero_shot_probs` above. What
-# would another one do?
+# CLIP learns this number in its training; OpenAI's ended at the value that is the default of `zero_shot_probs` above.
+# What would another one do?
 
 # %%
 temperatures = torch.logspace(-3, 0, 31)

@@ -219,7 +219,7 @@ def force(targets, loss):
     return -moving.grad
 
 
-def draw(ax, share, losses):
+def draw(ax, share, losses, scale=100):
     """A line for each loss: all points by their angle, and the forces on the images over them."""
     degrees = turn.rad2deg()
     for line, loss in enumerate(losses.values()):
@@ -230,7 +230,7 @@ def draw(ax, share, losses):
         for i, push in enumerate(force(labels_with(share), loss).view(2, -1).mean(0).tolist()):
             color, above = RED if share and i == WRONG else BLACK, line - (0.3, 0.52)[i % 2]
             look = dict(arrowstyle="-|>,head_width=0.3", mutation_scale=14, lw=2.5, color=color, shrinkA=0, shrinkB=0)
-            ax.annotate("", (angles[i] + 100 * push, above), (angles[i], above), arrowprops=look)
+            ax.annotate("", (angles[i] + scale * push, above), (angles[i], above), arrowprops=look)
         if share:
             rings = degrees.view(2, -1)[:, WRONG]
             ax.scatter(rings, [line] * 2, s=190, facecolors="none", edgecolors=RED, linewidths=2.5)
@@ -338,7 +338,7 @@ show_source(class_conditional_contrastive_loss, tclip.tclip_objective)
 # ```
 # A row is pushed by each of the others in proportion to $v_{ik}\exp s_{ik}$, so by those most that are most similar to
 # it, the *hard negatives*. At a low temperature hardly anybody else counts; at a high one all push nearly alike.
-# (Forces also grow as the temperature falls: scale them.)
+# (Forces also grow as the temperature falls: a smaller `scale` shortens the arrows.)
 # </details>
 #
 # **2.** Place one image of class A among the others (change `angles`), with its right label. Which choices bring it

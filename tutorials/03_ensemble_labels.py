@@ -433,20 +433,20 @@ takeaway(
 #
 # In the student's embedding the trial lasts some epochs. Then `verdict` looks at what the teacher concedes: *conceded*
 # is the mean probability that it gives to the neighbourhoods' choices, divided by that of its own first choices. If
-# this is `enough`, labels stand well without the teacher, and $a$ stays zero. (It is asked again after each epoch, when
-# less is enough: labels that stand alone may wander off, but good ones, too, come to contradict a teacher that errs.)
-# That matters where a teacher errs for whole classes, as here: its word would be wrong for the same images in every
-# epoch. Elsewhere $a$ becomes one, and so it always is in CLIP's own features: its answers are made of these, so that
-# the two agree proves nothing. (The constants of `verdict` were found by trial, and a run so short that the trial ends
-# before the student knows much ends up on the other side of the threshold.)
+# this is at least `enough`, labels stand well without the teacher, and $a$ stays zero. (It is asked again after each
+# epoch, when less is enough: labels that stand alone may wander off, but good ones, too, come to contradict a teacher
+# that errs.) That matters where a teacher errs for whole classes, as here: its word would be wrong for the same images
+# in every epoch. Elsewhere $a$ becomes one, and so it always is in CLIP's own features: its answers are made of these,
+# so that the two agree proves nothing. (The constants of `verdict` were found by trial, and a run so short that the
+# trial ends before the student knows much ends up on the other side of the threshold.)
 
 # %%
 answers, near = judged[1]  # at the end of the trial in the student's embedding; the first was in CLIP's features
 (claim, word), choice = answers.max(1), near.argmax(1)
 conceded = answers.gather(1, choice[:, None]).mean() / claim.mean()
 foretold = (choice == word).float().mean() / claim.mean()
-row = log["follow"][-1]
-print(f"conceded {conceded:.2f} -> a = {row['trust']:g}; foretold {foretold:.2f} -> s = {row['sharpness']:.2f}")
+trust, sharpness = own_verdict(answers, near).tolist()
+print(f"conceded {conceded:.2f} -> a = {trust:g}; foretold {foretold:.2f} -> s = {sharpness:.2f}")
 figure, ax = plt.subplots(figsize=(9, 4))
 for (name, caption), color, line in zip(
     {"follow": "the verdict's own a", "trusting": "a = 1"}.items(), (BLUE, ORANGE), ("-", "--")
@@ -458,9 +458,10 @@ ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
 ax.set(xlabel="epoch", ylabel="labels that are\nright, in %")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
+trust = log["follow"][-1]["trust"]
 takeaway(
     f"CLIP's names are {right(images.probs, truth):.1%} right. The labels of the last epoch are "
-    f"{right(tables['follow'][-1], truth):.1%} right with the verdict's own a = {row['trust']:g}, and "
+    f"{right(tables['follow'][-1], truth):.1%} right with the verdict's own a, in the end {trust:g}, and "
     f"{right(tables['trusting'][-1], truth):.1%} with a = 1."
 )
 

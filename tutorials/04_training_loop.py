@@ -58,7 +58,7 @@ config = tclip.Config(**tclip.DATASETS["digits"]["settings"], epochs=EPOCHS, dev
 images, _, classes = tclip.read_dataset(config)
 images = tclip.Images(**{name: part[: 200 if QUICK else None] for name, part in vars(images).items()})
 pixels, probs, N, C = images.pixels, images.probs, len(images.pixels), len(classes)
-LR = max(tclip.learning_rate(config, percent / 100) for percent in range(101))  # the highest that train() reaches
+LR = config.lr * config.batch_size / 256  # the peak of train()'s schedule
 VIEWS = tclip.VIEWS[config.views]
 print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", "batch_size", "lr")), sep=" | ")
 

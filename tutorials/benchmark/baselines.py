@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tclip.py of this checkout, installed or not
 import tclip
-from tclip_app.answers import answered
+from tclip_app.answers import answered, usual_confidence
 
 # ==== Targets: what is made of the teacher's probabilities (N, C) before training =====================================
 
@@ -38,7 +38,8 @@ def hard(probs):
 
 def without_confidence(probs):
     """The teacher's first choice, as tclip train takes the labels of a csv file that has no confidences."""
-    return answered(probs.argmax(1), torch.full_like(probs[:, 0], math.nan), probs.shape[1])
+    classes = probs.shape[1]
+    return answered(probs.argmax(1), torch.full_like(probs[:, 0], usual_confidence(classes)), classes)
 
 
 def smoothed(probs):
