@@ -3,7 +3,7 @@
 import torch
 
 # Of expected_accuracy() in points, mean over the suites and the worst run: tutorials/benchmark/run.py --expected
-MEAN_ERROR, LARGEST_ERROR = 8, 28
+MEAN_ERROR, LARGEST_ERROR = 11, 30
 
 
 def unsaid(who, numbers, classes):
