@@ -28,9 +28,10 @@ def write_whole(path, write, mode="wb"):
 def check_folder(folder, remedy=""):
     """UserError: no files can be written in this folder, which need not be there yet."""
     try:
-        way = Path(os.path.expanduser(folder)).absolute()
-        if str(folder).startswith("~") and "~" in way.parts:
+        way = Path(os.path.expanduser(folder))
+        if str(way).startswith("~"):
             raise FileNotFoundError("no home")
+        way = way.absolute()
         with suppress(FileNotFoundError):
             os.lstat(way)  # an OSError where the name is too long, or a file stands in the way
         there = next(path for path in (way, *way.parents) if path.exists())
