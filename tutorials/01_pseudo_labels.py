@@ -171,7 +171,7 @@ takeaway(
 # %% [markdown]
 # ## Which mistakes does it make?
 #
-# **In short:** some classes are mostly called by a wrong name, whoever the teacher is.
+# **In short:** some classes are mostly called by a wrong name, here with each of three teachers.
 #
 # Left, how many images of each class CLIP names rightly. Right, how often it says each name, beside how often it
 # should.
@@ -207,8 +207,8 @@ takeaway(
 config = tclip.Config(**tclip.DATASETS["digits"]["settings"], device="cpu", cache="none")
 digits, _, numbers = tclip.read_dataset(config)
 figure, axes = plt.subplots(2, 1, figsize=(8, 12))
-teachers = {"GPT-4V of EuroSAT": gpt4v(), "the offline CLIP of digits": None}
-teachers["the offline CLIP of digits"] = tclip.score(digits.probs, digits.truth)["confusion"], numbers
+teachers = {"GPT-4V on EuroSAT": gpt4v(), "the offline CLIP on digits": None}
+teachers["the offline CLIP on digits"] = tclip.score(digits.probs, digits.truth)["confusion"], numbers
 lines = []
 for ax, (name, (confusion, classes)) in zip(axes, teachers.items()):
     show_shares(ax, confusion, classes, f"{name}, in % of each class")
@@ -224,14 +224,14 @@ takeaway("; ".join(lines) + ".")
 # %% [markdown]
 # ## What do the image features know that the names do not say?
 #
-# **In short:** they keep the classes apart; it is the text that points to the wrong place.
+# **In short:** they keep most classes apart; it is the text that points to the wrong place.
 #
 # Text is the weak side. A name is one vector for all that is called so, written by somebody who has not seen the
 # images. The image features are the strong side: images of a class lie together, even where the class is misnamed. Here
 # is a map of them. (t-SNE draws it so that neighbours stay neighbours; distances between islands mean little, the axes
 # nothing.) An image is a dot; where there is room a letter says its class: first the true one, then CLIP's name, then
 # the label that tclip makes of both before any training ([notebook 3](03_ensemble_labels.ipynb) shows how). Wrong ones
-# are red crosses and red letters.
+# are orange crosses and letters.
 
 # %% tags=["picture"]
 torch.manual_seed(0)
@@ -262,22 +262,22 @@ takeaway(
 #
 # **In short:** no; images that look alike are misnamed together, and a vote of neighbours mends fewer of them.
 #
-# Much of the literature on noisy labels assumes dice: every image of a class has the same chance of being called by a
+# Much of the literature on noisy labels assumes chance: every image of a class has the same chance of being called by a
 # wrong name. Then the errors of similar images would have nothing to do with each other, and a look at the neighbours
-# would mend them. We can make such dice: shuffle CLIP's names among the images *of the same true class*. The noise
-# matrix stays exactly the same; only where the errors lie changes. Then let both kinds of labels be corrected in the
-# simplest way: each image takes the name that most of its neighbours have. Where most images of a class are called by
-# one wrong name a vote must fail, diced or not. So count only the classes that are named rightly more often than not.
+# would mend them. We can make it so: shuffle CLIP's names among the images *of the same true class*. The noise matrix
+# stays exactly the same; only where the errors lie changes. Then let both kinds of labels be corrected in the simplest
+# way: each image takes the name that most of its neighbours have. Count only the classes that are named rightly more
+# often than not: where most names of a class are wrong a vote has nothing to stand on, shuffled or not.
 
 # %%
-diced = named.clone()
+shuffled = named.clone()
 for c in range(C):
     members = (truth == c).nonzero()[:, 0]
-    diced[members] = named[members[torch.randperm(len(members))]]
+    shuffled[members] = named[members[torch.randperm(len(members))]]
 near = tclip.nearest(real.features, tclip.Config.label_neighbours)  # (N, k)
 counted = torch.tensor([share > 0.5 for share in answer["per_class"]])[truth]  # (N,) bool
 outcome = {}
-for name, given in (("the same noise, diced", diced), ("CLIP's own noise", named)):
+for name, given in (("the same noise, shuffled", shuffled), ("CLIP's own noise", named)):
     vote = F.one_hot(given[near], C).sum(1).argmax(1)
     outcome[name] = [(some != truth)[counted].float().mean().item() for some in (given, vote)]
 figure, ax = plt.subplots(figsize=(9, 3.4))
@@ -289,18 +289,18 @@ ax.set_ylabel("wrong labels, in %")
 patches = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (SKY, BLUE)]
 ax.legend(patches, ["before", "after the\nneighbours' vote"], loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
-(start, dice_end), (_, own_end) = outcome.values()
+(start, shuffled_end), (_, own_end) = outcome.values()
 takeaway(
-    f"of {start:.1%} wrong labels the vote leaves {dice_end:.1%} if the errors are diced, and {own_end:.1%} if they "
-    "are CLIP's own."
+    f"of {start:.1%} wrong labels the vote leaves {shuffled_end:.1%} if the errors are shuffled, and {own_end:.1%} if "
+    "they are CLIP's own."
 )
 
 # %% [markdown]
 # On the digits one can see such an error. One by one those that are called by the wrong name are hard to tell from the
-# others of their class; it shows in their *mean*.
+# others of their class; their *mean* shows what they have in common.
 
 # %%
-confusion, digit = teachers["the offline CLIP of digits"][0], digits.probs.argmax(1)
+confusion, digit = teachers["the offline CLIP on digits"][0], digits.probs.argmax(1)
 wrong = confusion.float().fill_diagonal_(0) / confusion.sum(1, keepdim=True)
 worst, favourite = divmod(wrong.argmax().item(), len(numbers))
 pairs = (worst, worst), (worst, favourite), (favourite, favourite)
@@ -315,7 +315,7 @@ takeaway(
 # %% [markdown]
 # ## Does CLIP know when it is wrong?
 #
-# **In short:** a little; keeping only its confident names cleans the labels and loses the classes that need help.
+# **In short:** quite well; but keeping only its confident names loses the classes that need help.
 #
 # The *reliability diagram* sorts images by confidence into bins and compares it, bin by bin, with how many are right.
 # On the diagonal, confidence means what it says. The mean distance from it, over all images, is called the *expected
@@ -371,8 +371,8 @@ takeaway(
 #
 # <details><summary>Answer</summary>
 #
-# Read it off the picture of the temperatures: it is where the two lines cross. The names stay the same, so no error
-# goes away; but targets that are less sure pull less on the student where CLIP is unsure. Note that you needed the
+# Read it off the picture of the temperatures: it is where the two lines cross, below CLIP's own, which is too modest
+# here. The names stay the same, so no error goes away, and wrong names would be believed more. Note that you needed the
 # truth to find it.
 # </details>
 

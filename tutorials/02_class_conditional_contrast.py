@@ -270,15 +270,18 @@ takeaway(f"the wrong label turns the force round, towards the wrong class, with:
 #
 # $$w_{ij} = c\,\frac{a_{ij}}{\sum_k a_{ik}} + (1-c)\,[j=i^+]$$
 #
-# (How much it takes to turn the force depends on where the points lie. The order of the lines is what to look at.)
+# (How much it takes to turn a force depends on where the points lie. Look at the order of the lines at the right end.)
 
 # %%
 shares = [s / 20 for s in range(21)]
 mixes = {f"c = {c:g}": partial(c3l, class_share=c) for c in (1, (1 + SHARE) / 2, SHARE, SHARE / 2, 0)}
 figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, width_ratios=[5, 4])
-for ax, losses in zip(axes, (CHOICES, mixes)):
-    colors, lines = (BLACK, RED, GREEN, BLUE, PINK), ("-", "--", "-", "-.", ":")
-    for (name, loss), color, line in zip(losses.items(), colors, lines):
+looks = dict(zip(CHOICES, zip((BLACK, RED, GREEN, BLUE, PINK), ("-", "--", "-", "-.", ":"))))
+between = (SKY, "-"), (SKY, "--")
+looks |= zip(mixes, (looks["C3L by class"], between[0], looks["C3L in tclip"], between[1], looks["C3L by instance"]))
+for ax, losses in zip(axes, (CHOICES, mixes)):  # equal losses look alike
+    for name, loss in losses.items():
+        color, line = looks[name]
         forces = [towards_b(s, loss) for s in shares]
         ax.plot(shares, forces, color=color, ls=line)
         ax.annotate(name, (1.03, forces[-1]), color=color, va="center", annotation_clip=False)
@@ -293,17 +296,18 @@ print("share of the label from which the force points to the wrong class:", turn
 pull = {name: towards_b(1, loss) for name, loss in CHOICES.items()}
 takeaway(
     f"the force turns to the wrong class once {turns['SupCon']} of the label are wrong with SupCon, and "
-    f"{turns['C3L in tclip']} with tclip's loss. A label that is entirely wrong pulls with {pull['SupCon']:.2f} in "
-    f"SupCon, and in C3L with {pull['C3L by class']:.2f} by class, {pull['C3L by instance']:.2f} by instance and "
-    f"{pull['C3L in tclip']:.2f} with tclip's share of {SHARE:g}."
+    f"{turns['C3L in tclip']} with tclip's loss. A label that is entirely wrong drives the image there with "
+    f"{pull['SupCon']:.2f} in SupCon, and in C3L with {pull['C3L by class']:.2f} by class, "
+    f"{pull['C3L by instance']:.2f} by instance and {pull['C3L in tclip']:.2f} with tclip's share of {SHARE:g}."
 )
 
 # %% [markdown]
 # With C3L by instance a wrong label does harm, too: the image is no longer pushed off by the wrong class, and is pushed
 # off by its own. But nothing *pulls* it to where it does not belong. SimCLR, which reads no label, learns nothing from
-# the right ones either. So tclip takes a share of both: to pull by class teaches classes, and to pull by instance lets
-# a group with a wrong name part from the class of that name. No choice is safe from labels that are sure of a wrong
-# class: these have to be mended, the subject of [notebook 3](03_ensemble_labels.ipynb).
+# the right ones either. So tclip takes a share of both: to pull by class teaches classes, and to pull by instance tells
+# images apart whatever they are called. What a whole group with a wrong name does is not in this picture; what the
+# share is worth on students is in the [results](benchmark/results/README.md), "class share". No choice is safe from
+# labels that are sure of a wrong class: these have to be mended, the subject of [notebook 3](03_ensemble_labels.ipynb).
 #
 # ## What do the lines of the function do?
 #

@@ -73,7 +73,7 @@ print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", 
 #
 # Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies
 # them. (torchvision's transforms draw once for a batch, so that all its images would be cut alike.) Below the picture
-# are the draws of some views, one in a column. The first four are in shares of the image's side: a width below one
+# are four more draws, one in a column. The first four are in shares of the image's side: a width below one
 # shows a part of the image, one above it all of it with a margin. The angle is in degrees; the last three are factors.
 
 # %%
@@ -176,8 +176,8 @@ def second_version():
 
 second_version()
 takeaway(
-    f"the same loop with soft labels and C3L: {curves['2 + soft labels, C3L'][-1]:.1%}, at twice the work. The loss "
-    "needs better labels than these to be worth it: soft labels repeat the teacher's errors."
+    f"the same loop with soft labels and C3L: {curves['2 + soft labels, C3L'][-1]:.1%}, at twice the work. One seed "
+    "and few epochs are no verdict on either."
 )
 
 # %% [markdown]
@@ -292,9 +292,9 @@ plt.show()
 takeaway("in the end " + ", ".join(f"{curve[-1]:.1%} ({name})" for name, curve in curves.items()) + ".")
 
 # %% [markdown]
-# Now you can read `train` itself, whole. What it has in addition: `whole_batch`, `rank` and `world` do nothing where
-# one process trains, `.to(device)` brings batches to a GPU, the losses are added up where they are, so that no step
-# waits for a number to print, and each epoch leaves a row of the log and a checkpoint.
+# Now you can read `train` itself, whole. Among what it has in addition: `whole_batch`, `rank` and `world` do nothing
+# where one process trains, `.to(device)` brings batches to a GPU, the losses are added up on the device, so that no
+# step waits for a number to print, and each epoch leaves a row of the log and a checkpoint.
 
 # %%
 show_source(tclip.train)
@@ -343,12 +343,12 @@ takeaway(
 #
 # ## What has the student learned?
 #
-# **In short:** to see apart what its teacher confused.
+# **In short:** after so few epochs a part of what its teacher confused; with more of them nearly all.
 #
 # Look at its embedding, before and after (that is, of `tclip.train` above). t-SNE draws a map on which neighbours stay
 # neighbours; sizes of and distances between its islands mean little, its axes nothing. An image is a dot; where there
-# is room the digit says its true class, which the student never saw. Red crosses and red digits are those that CLIP
-# named wrongly.
+# is room the digit says its true class, which the student never saw. Orange crosses and digits are those that CLIP
+# named wrongly. (How it ends after all epochs: [results](benchmark/results/README.md).)
 
 # %% tags=["picture"]
 chosen = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:600]

@@ -84,13 +84,14 @@ print("\n" + inspect.getsource(ELR))
 # %% [markdown]
 # ## Does it help with real teachers?
 #
-# **In short:** see the table. A student can end below its teacher: if it is much weaker, or told wrong class sizes.
+# **In short:** see the table. A student can end below its teacher: if it is much weaker, told wrong class sizes, or if
+# whole classes are misnamed.
 #
 # A row is a *suite*: images, and a teacher's answers about them. *teacher* to *tclip*: how many of the unlabeled images
 # are named rightly, by the teacher and by students of the last epoch, in %, mean and standard deviation over the seeds
 # (no deviation: one seed). *held out*: of images that no training saw. *its labels*: how many of the labels are right
-# that tclip ends with. The students are small, as the lines above the table say, so that a CPU can train them. A cell
-# is empty where nobody has run that yet.
+# that tclip ends with (in `labels.csv`: the labels and the student's predictions, mixed). The students are small, as
+# the lines above the table say, so that a CPU can train them. A cell is empty where nobody has run that yet.
 
 # %%
 students = {}  # a description: the suites that have it
@@ -136,7 +137,7 @@ takeaway(
 # %% [markdown]
 # ## What do the labels alone make of real features?
 #
-# **In short:** before any training, CLIP's own image features mend most of its names, with equal classes and without.
+# **In short:** CLIP's own image features mend many of its wrong names, with equal classes and without.
 #
 # WHU-RS19, named by several CLIPs of OpenAI: labels that are right, in %, the mean of these, and of some draws where
 # classes are unequal ([notebook 3](03_ensemble_labels.ipynb)). *TransCLIP* is our own small version after the paper.
@@ -167,7 +168,7 @@ gains = {part: mean["tclip"] - mean[part] for part in parts if "tclip" in mean a
 for device, version in sorted({(row["device"], row["torch"]) for row in digits}):
     print(f"made on {device}, torch {version}")
 takeaway(
-    "beside all of tclip, its student is worse by these points: "
+    "points that its student loses against the whole of tclip: "
     + (", ".join(f"{gain:.1f} {part}" for part, gain in gains.items()) or "not measured yet")
     + "."
 )
@@ -264,9 +265,10 @@ takeaway(f"{len(full)} suites and {len(measured)} figures were measured on a GPU
 # - Co-teaching is told in its paper how many labels are wrong. Here it believes the teacher's own doubt, which is far
 #   too small. It also trains two networks, and costs more.
 # - *Balanced labels* take classes for equally frequent. That is about true of the digits, and tclip is told so only in
-#   the suite `digits-uniform`.
-# - No real CLIP was run here, and no image features of one came with natural images: its answers are files that others
-#   have published.
+#   the suite `digits-uniform`. (SimCLR, Co-teaching, balanced labels and some others have no row in the kept tables
+#   yet.)
+# - No student was trained with a real CLIP's image features: where photos are trained on, only its answers were
+#   published.
 #
 # ## Exercises
 #
