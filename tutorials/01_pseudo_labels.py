@@ -362,8 +362,8 @@ takeaway(
 # answer = tclip.score(tclip.zero_shot_probs(digits.features, numerals, clip.temperature), digits.truth)
 # print(answer["accuracy"], dict(zip(numbers, answer["per_class"])))
 # ```
-# The name of a class is a setting like any other. This CLIP has met both kinds, about equally often; a CLIP from the
-# web may know one of two names far better.
+# It is the same class. The name of a class is a setting like any other; this CLIP has met both kinds, about equally
+# often, while a CLIP from the web may know one of two names far better.
 # </details>
 #
 # **2.** Find the temperature at which the mean confidence equals the share of right names. Would labels at that

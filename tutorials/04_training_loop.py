@@ -73,8 +73,9 @@ print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", 
 #
 # Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies
 # them. (torchvision's transforms draw once for a batch, so that all its images would be cut alike.) Below the picture
-# are four more draws, one in a column. The first four are in shares of the image's side: a width below one
-# shows a part of the image, one above it all of it with a margin. The angle is in degrees; the last three are factors.
+# are four more draws, one in a column. The first four are in shares of the image's side: a width below one shows a part
+# of the image, one above it all of it with a margin. The angle is in degrees; *mirrored* is one or zero, for writing
+# always zero; the last three are factors.
 
 # %%
 print(config.views, "=", VIEWS)

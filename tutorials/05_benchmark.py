@@ -154,9 +154,11 @@ show_table(whurs19.table(labels) if labels else "nobody has run it yet")
 # **In short:** compare the line of tclip with the others, which change one thing in it.
 #
 # The digits, where the tiny offline CLIP has image features: without the contrastive loss (C3L), with labels that stay
-# as they are, with a term of the rule left out, with other constants. What better labels alone bring to other methods
-# stands in the table of *digits-10to1* in the results, as "on tclip's start". *worst class*: the lowest accuracy of a
-# single class. With few seeds small differences say nothing. Seconds are wall time; the machine had other work beside.
+# as they are, with a term of the rule left out (*the mass*: $\pi$ below $n$; *the prior*: $\pi T^0$ over the mean of
+# $T^0$, in place of $T^0$), with other constants (*trust* is the exponent $a$ after the trial, *sharpness* $s$). What
+# better labels alone bring to other methods stands in the tables of the digits in the results, as "on tclip's start".
+# *worst class*: the lowest accuracy of a single class. With few seeds small differences say nothing. Seconds are wall
+# time; the machine had other work beside.
 
 # %%
 digits = benchmark.kept(RESULTS / "digits-study.csv")
