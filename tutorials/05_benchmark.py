@@ -84,8 +84,7 @@ print("\n" + inspect.getsource(ELR))
 # %% [markdown]
 # ## Does it help with real teachers?
 #
-# **In short:** see the table. A student can end below its teacher: if it is much weaker, told wrong class sizes, or if
-# whole classes are misnamed.
+# **In short:** often. A weak student, wrong class sizes, or classes that are misnamed can end below the teacher.
 #
 # A row is a *suite*: images, and a teacher's answers about them. *teacher* to *tclip*: how many of the unlabeled images
 # are named rightly, by the teacher and by students of the last epoch, in %, mean and standard deviation over the seeds
