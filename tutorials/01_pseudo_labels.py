@@ -211,7 +211,8 @@ teachers = {"GPT-4V on EuroSAT": gpt4v(), "the offline CLIP on digits": None}
 teachers["the offline CLIP on digits"] = tclip.score(digits.probs, digits.truth)["confusion"], numbers
 lines = []
 for ax, (name, (confusion, classes)) in zip(axes, teachers.items()):
-    show_shares(ax, confusion, classes, f"{name}, in % of each class")
+    letters = list("0123456789") if classes is numbers else None
+    show_shares(ax, confusion, classes, f"{name}, in % of each class", letters=letters)
     wrong = confusion.float().fill_diagonal_(0) / confusion.sum(1, keepdim=True)
     it, other = divmod(wrong.argmax().item(), len(classes))
     accuracy = confusion.diag().sum() / confusion.sum()

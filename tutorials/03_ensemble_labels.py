@@ -405,6 +405,7 @@ tclip.verdict = own_verdict
 figure, axes = plt.subplots(1, 2, figsize=(9, 5), sharey=True)
 for ax, name, caption in zip(axes, ("frozen", "follow"), ("labels stay as they are", "labels follow the student")):
     lines = {
+        "all images: says the truth": (said[name] == truth, BLACK, ":"),
         "rightly labelled: says the truth": ((said[name] == truth)[:, ~wrong], SKY, "-"),
         "wrongly labelled: says the truth": ((said[name] == truth)[:, wrong], BLUE, "-."),
         "wrongly labelled: says the wrong label": ((said[name] == first)[:, wrong], RED, "--"),
@@ -417,12 +418,14 @@ axes[0].set_ylabel("images, in %")
 figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center")
 plt.show()
 knows = {name: (answers == truth)[:, wrong].float().mean(1) for name, answers in said.items()}  # (E,)
-copied = (said["frozen"][-1] == first)[wrong].float().mean()
+copied, whole = (said["frozen"][-1] == first)[wrong].float().mean(), (said["frozen"] == truth).float().mean(1)
 takeaway(
     f"{wrong.sum()} of {len(truth)} images are wrongly labelled at the start. With frozen labels the student is right "
     f"about {knows['frozen'].max():.0%} of them in epoch {knows['frozen'].argmax() + 1}, and about "
-    f"{knows['frozen'][-1]:.0%} in the end, when it repeats the wrong label for {copied:.0%}. With labels that follow "
-    f"it ends at {knows['follow'][-1]:.0%}."
+    f"{knows['frozen'][-1]:.0%} in the end, when it repeats the wrong label for {copied:.0%}. Of all images it names "
+    f"{whole.max():.1%} rightly in epoch {whole.argmax() + 1}, and {whole[-1]:.1%} in the end; of its labels "
+    f"{1 - wrong.float().mean():.1%} are right. With labels that follow it is right about {knows['follow'][-1]:.0%} of "
+    "those that were wrongly labelled."
 )
 
 # %% [markdown]

@@ -91,11 +91,11 @@ def show_map(ax, points, marks, wrong, title):
     ax.spines[:].set_visible(False)
 
 
-def show_shares(ax, confusion, classes, title, truth="what the image is"):
+def show_shares(ax, confusion, classes, title, truth="what the image is", letters=None):
     """A confusion matrix (C, C) as shares of each row, in %. A class has a letter, which stands alone below."""
     shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp_min(1)
     picture = ax.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=100)
-    letters = [chr(ord("A") + c) for c in range(len(classes))]
+    letters = letters or [chr(ord("A") + c) for c in range(len(classes))]
     ax.set_xticks(range(len(classes)), letters)
     ax.set_yticks(range(len(classes)), [f"{name}  {letter}" for name, letter in zip(classes, letters)])
     ax.set(xlabel="what it is called", ylabel=truth, title=title)
