@@ -233,10 +233,10 @@ class EnsembleLabels(torch.nn.Module):
             said = F.normalize(self.predictions[seen].float(), p=1, dim=1)
             near = self.update(seen, said, nearest(F.normalize(self.embeddings[seen], dim=1), self.neighbours))
             self.trial -= 1
-            if self.trial <= 0:  # later, too: labels may wander off alone. But good ones contradict a bad teacher
-                trust, sharpness = verdict(self.answers[seen].float(), near, 0.81 if self.trial == 0 else 0.7)
-                self.exponents[0] = torch.maximum(self.exponents[0], trust)
-                self.exponents[1] = sharpness if self.trial == 0 else self.exponents[1]
+            if self.trial == 0:
+                self.exponents[:] = verdict(self.answers[seen].float(), near)
+            elif self.trial < 0:  # labels may wander off alone. Less is enough now: good ones contradict a bad teacher
+                self.exponents[0].clamp_min_(verdict(self.answers[seen].float(), near, 0.7)[0])
         self.predictions, self.embeddings = torch.zeros_like(self.table), None
 
     def final(self, predictions):
