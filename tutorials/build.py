@@ -37,6 +37,7 @@ def keep(notebook, old):
     cells, old_cells = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (notebook, old))
     if [cell.source for cell in cells] != [cell.source for cell in old_cells]:
         raise SystemExit("code has changed: build it without --keep")
+    notebook.metadata = old.metadata  # what the kernel said of itself
     for cell, old_cell in zip(cells, old_cells):
         cell.outputs, cell.execution_count = old_cell.outputs, old_cell.execution_count
         for shown, code in zip(cell.outputs, cell.outputs[1:]):
