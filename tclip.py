@@ -156,18 +156,22 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
     return (trust * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
 
 
-def verdict(answers, near, enough=0.81):
+def verdict(answers, near, enough=0.86, odds=20):
     """The exponents (a, s) of bayes_rule(), after a trial in which the labels stood without the teacher's word (a = 0).
-    foretold: how often the neighbourhoods' first choice (N, C) is the teacher's, over its mean confidence; the less it
-    is, the less the embedding knows: s = 1.5 (foretold / 0.9)^4, at most 1.5. conceded: the probability that its
-    answers (N, C) give to their choice, over the same. From `enough` on its word is not missed: a = 0; else a = 1.
-    (The constants were found by trial.) Answers that are even are none.
+    trust: the power, at most 1, that leaves an answer's first choice but `odds` times its second, in the geometric
+    mean: teachers are surer than right. Of answers (N, C) to that power, foretold: how often the neighbourhoods' first
+    choice (N, C) is theirs, over their mean confidence; the less it is, the less the embedding knows: s = 1.5
+    (foretold / 0.9)^4, at most 1.5. conceded: the probability that they give to that choice, over the same. From
+    `enough` on the word is not missed: a = 0; else a = trust. (Constants found by trial.) Even answers are none.
     """
     told = answers.amax(1) > answers.amin(1)
-    claim, choice = answers[told].amax(1), near[told].argmax(1, keepdim=True)  # (M,), (M, 1)
-    said = answers[told].gather(1, choice)[:, 0]  # (M,), what the teacher gives to the neighbourhood's choice
+    words, choice = answers[told].log(), near[told].argmax(1, keepdim=True)  # (M, C), (M, 1)
+    first, second = words.topk(2).values.mean(0)
+    trust = (math.log(odds) / (first - second)).clamp(max=1)
+    believed = (trust * words).softmax(1)
+    claim, said = believed.amax(1), believed.gather(1, choice)[:, 0]  # (M,), of its own choice, and the neighbourhood's
     foretold, conceded = (said == claim).float().mean() / claim.mean(), said.mean() / claim.mean()
-    return torch.stack([(conceded < enough).float(), 1.5 * (foretold / 0.9).clamp(max=1) ** 4])
+    return torch.stack([trust * (conceded < enough), 1.5 * (foretold / 0.9).clamp(max=1) ** 4])
 
 
 def with_shares(probs, shares, iterations=100):
@@ -200,9 +204,8 @@ class EnsembleLabels(torch.nn.Module):
             places = nearest(F.normalize(features.float(), dim=1), neighbours)
             for step in range(20):
                 near = self.update(slice(None), self.targets(slice(None)), places)
-                if step == 4:
-                    self.exponents[:] = verdict(self.answers.float(), near)
-                    self.exponents[0] = 1  # CLIP's answers are made of these features: to agree proves nothing
+                if step == 4:  # CLIP's answers are made of these features: that they agree proves nothing
+                    self.exponents[:] = verdict(self.answers.float(), near, enough=math.inf)
             self.answers.copy_(self.table)  # from now on these are T0
             self.exponents[:] = torch.tensor([0, 1.5])
 

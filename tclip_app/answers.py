@@ -66,7 +66,7 @@ def read_csv(path):
 
 
 def read_labels(path):
-    """A csv file with the columns file, label and maybe confidence: dict file -> (label, confidence or None).
+    """A csv file with the columns file, label and maybe confidence, or else 1: dict file -> (label, confidence).
 
     UserError: unreadable, no such columns, no row, a file twice, a confidence outside [0, 1].
     """
@@ -79,14 +79,12 @@ def read_labels(path):
             raise UserError(f"{path}: no file or no label in row {number}")
         if name in found:
             raise UserError(f"{path}: {name} twice, again in row {number}")
-        confidence = row.get("confidence") or None
-        if confidence:
-            try:
-                confidence = float(confidence.replace(",", "."))
-            except ValueError:
-                confidence = math.nan
-            if not 0 <= confidence <= 1:
-                raise UserError(f"{path}: the confidence of {name} is not within 0 and 1")
+        try:
+            confidence = float((row.get("confidence") or "1").replace(",", "."))
+        except ValueError:
+            confidence = math.nan
+        if not 0 <= confidence <= 1:
+            raise UserError(f"{path}: the confidence of {name} is not within 0 and 1")
         found[name] = label, confidence
     return found
 
@@ -156,12 +154,11 @@ def class_prior(prior, classes):
     return prior
 
 
-def read_pseudo_labels(path, classes=None, told=False):
+def read_pseudo_labels(path, classes=None):
     """Another teacher's answers: (file names, class names, probs float32 (N, C), unit features (N, D) or None).
 
     path: see read_npz() for .npz, read_labels() for .csv; what a confidence lacks to 1 is spread evenly over the other
-    classes, and where there is none it is the usual_confidence(), which is `told`. classes: names to put the columns in
-    order of; None: those of the file. UserError: other classes.
+    classes. classes: names to put the columns in order of; None: those of the file. UserError: other classes.
     """
     if Path(path).suffix.lower() == ".npz":
         files, own, probs, features = read_npz(path)
@@ -173,26 +170,9 @@ def read_pseudo_labels(path, classes=None, told=False):
     found = read_labels(path)
     labels, confidence = zip(*found.values())
     classes = classes or distinct(labels)
-    usual, silent = usual_confidence(len(classes)), confidence.count(None)
-    if told and silent:
-        tell(f"{silent} labels of {path} have no confidence: each counts {usual:.2f}")
-    confidence = torch.tensor([usual if value is None else value for value in confidence])
-    numbers = torch.tensor(class_numbers(labels, classes, path))
-    return list(found), classes, answered(numbers, confidence, len(classes)), None
-
-
-def usual_confidence(classes):
-    """What a label counts that comes without confidence: 0.6; of fewer than ten classes so much that it is 13.5 times
-    as likely as any other, as 0.6 makes it of ten. (By trial: certain labels are hardly mended. Labels known to be good
-    are better told with a confidence of their own.)"""
-    return max(0.6, 13.5 / (12.5 + classes))
-
-
-def answered(numbers, confidence, classes):
-    """Probabilities (N, C) of one answer an image: class numbers, int64 (N,), and how sure it is, (N,)."""
-    confidence = confidence[:, None].clamp_min(1 / classes)  # (N, 1): a label is the likeliest class
-    mine = F.one_hot(numbers, classes)  # (N, C)
-    return mine * confidence + (1 - mine) * (1 - confidence) / (classes - 1)
+    confidence = torch.tensor(confidence)[:, None].clamp_min(1 / len(classes))  # (N, 1): a label is the likeliest class
+    mine = F.one_hot(torch.tensor(class_numbers(labels, classes, path)), len(classes))  # (N, C)
+    return list(found), classes, mine * confidence + (1 - mine) * (1 - confidence) / (len(classes) - 1), None
 
 
 def match(names, files, probs, features=None):

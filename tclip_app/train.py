@@ -190,7 +190,7 @@ def read(config):
     if world > 1 and dist.get_rank() > 0:
         return taken_over(config), None, classes
     if config.pseudo_labels:
-        features, said = None, answers.read_pseudo_labels(config.pseudo_labels, classes, told=True)
+        features, said = None, answers.read_pseudo_labels(config.pseudo_labels, classes)
     else:
         clip = tclip.Clip(config.clip, config.device)
         whole_texts(clip, classes, config.templates.split("\n"))

@@ -30,27 +30,19 @@ def test_names_come_back(tmp_path):
     tclip.write_csv(tmp_path / "labels.csv", rows)
     assert read_csv(tmp_path / "labels.csv") == rows
     composed = [unicodedata.normalize("NFC", name) for name in NAMES]
-    assert read_labels(tmp_path / "labels.csv") == {name: (f"={own}", None) for name, own in zip(composed, NAMES)}
+    assert read_labels(tmp_path / "labels.csv") == {name: (f"={own}", 1) for name, own in zip(composed, NAMES)}
     cells = [cell for row in rows_of(tmp_path / "labels.csv") for cell in row.values()]
     assert not [cell for cell in cells if cell[0] in "=+-@\t\r"]
 
 
-def test_pseudo_labels_of_csv(tmp_path, capsys):
-    """What a confidence lacks to 1 goes to the other classes, evenly; a label stays the likeliest class. Without one it
-    is 13.5 times as likely as any other, and 0.6 at least. Columns are in the order of the given classes, in any
-    spelling."""
+def test_pseudo_labels_of_csv(tmp_path):
+    """What a confidence lacks to 1 goes to the other classes, evenly; a label stays the likeliest class, and is certain
+    without one. Columns are in the order of the given classes, in any spelling."""
     content = "\ufefflabel,who,file,confidence\nDog,me,1,0.7,too many\ncat,,2,\nold_cow,,3,0\n"  # of a spreadsheet
     (tmp_path / "a.csv").write_text(content, encoding="utf-8")
     files, classes, probs, features = read_pseudo_labels(tmp_path / "a.csv", ["cat", "dog", "Old cow"])
     assert files == ["1", "2", "3"] and classes == ["cat", "dog", "Old cow"] and features is None
-    torch.testing.assert_close(
-        probs, torch.tensor([[0.15, 0.7, 0.15], [27 / 31, 2 / 31, 2 / 31], [1 / 3, 1 / 3, 1 / 3]])
-    )
-    (tmp_path / "b.csv").write_text("file,label\n1,c7\n")
-    assert not capsys.readouterr().err
-    said = read_pseudo_labels(tmp_path / "b.csv", [f"c{i}" for i in range(21)], told=True)[2]
-    assert capsys.readouterr().err == f"1 labels of {tmp_path / 'b.csv'} have no confidence: each counts 0.60\n"
-    torch.testing.assert_close(said, torch.full((1, 21), 0.02).index_fill(1, torch.tensor([7]), 0.6))
+    torch.testing.assert_close(probs, torch.tensor([[0.15, 0.7, 0.15], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3]]))
     assert read_pseudo_labels(tmp_path / "a.csv")[1] == ["Dog", "cat", "old_cow"]
     with pytest.raises(UserError, match="'old_cow' is not among the classes"):
         read_pseudo_labels(tmp_path / "a.csv", ["cat", "dog"])

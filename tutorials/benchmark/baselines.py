@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tclip.py of this checkout, installed or not
 import tclip
-from tclip_app.answers import answered, usual_confidence
 
 # ==== Targets: what is made of the teacher's probabilities (N, C) before training =====================================
 
@@ -34,12 +33,6 @@ def soft(probs):
 def hard(probs):
     """The teacher's first choice, one-hot."""
     return F.one_hot(probs.argmax(1), probs.shape[1]).float()
-
-
-def without_confidence(probs):
-    """The teacher's first choice, as tclip train takes the labels of a csv file that has no confidences."""
-    classes = probs.shape[1]
-    return answered(probs.argmax(1), torch.full_like(probs[:, 0], usual_confidence(classes)), classes)
 
 
 def smoothed(probs):
@@ -320,8 +313,8 @@ def judged(trust=None, sharpness=None, verdict=tclip.verdict):
     """verdict() with one of the exponents fixed."""
     fixed = trust, sharpness
 
-    def exponents(answers, near, *enough):
-        found = verdict(answers, near, *enough)
+    def exponents(*given, **enough):
+        found = verdict(*given, **enough)
         return torch.stack([own if value is None else torch.full_like(own, value) for own, value in zip(found, fixed)])
 
     return exponents
@@ -352,7 +345,6 @@ STUDY = {
     "without CLIP's features": METHODS["tclip without CLIP's features"],
     "one round before training": ruled(EnsembleLabels=OneRound),
     "hard labels at the start": Method("this project", hard),
-    "labels without confidence": Method("this project", without_confidence),
     "trust 0": ruled(verdict=judged(trust=0.0)),
     "trust 1": ruled(verdict=judged(trust=1.0)),
     "without the mass": ruled(bayes_rule=without_mass),

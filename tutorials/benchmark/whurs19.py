@@ -99,7 +99,6 @@ STUDY = {
     "tclip's labels": tclip_start,
     "one round": partial(tclip_start, rule=dict(EnsembleLabels=baselines.OneRound)),
     "hard answers": lambda probs, features: tclip_start(baselines.hard(probs), features),
-    "answers without confidence": lambda probs, features: tclip_start(baselines.without_confidence(probs), features),
     "without the teacher's word": partial(tclip_start, rule=dict(bayes_rule=without_teacher)),
     "without the mass": partial(tclip_start, rule=dict(bayes_rule=baselines.without_mass)),
     "without the prior": partial(tclip_start, rule=dict(bayes_rule=baselines.without_prior)),
