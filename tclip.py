@@ -72,7 +72,7 @@ class Config:
     class_share: float = setting(0.5, "how far the contrastive loss pulls by class; the rest by instance", (0, 1))
     label_momentum: float = setting(0.5, "m: share of a label that is kept each epoch; 1: labels stay", (0, 1))
     label_neighbours: int = setting(15, "k: images whose predictions make an ensemble label", (1, 10**4))
-    class_prior: str = setting("none", "the classes' shares where they are known: uniform, or numbers: 0.5,0.3,0.2")
+    class_prior: str = setting("none", "the classes' known shares: uniform, 5,3,2 in order, cat:0.7,dog:0.3, or a file")
     seed: int = setting(0, "makes a run repeat, on the same CPU to the bit", (0, 2**32 - 1))
     device: str = setting(DEVICES[0], "where to train", DEVICES)
     compile: bool = setting(False, "torch.compile the student: slower to start, faster on a GPU")
@@ -116,8 +116,7 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
     but v_ii+ = 1, and in the term of a positive j its own v_ij = 1: each term is a logarithm of a share. Where no image
     shares a class it is SimCLR's loss (Chen et al. 2020).
     z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
-    gradient. Returns a float32 scalar, finite whatever the classes.
-    """
+    gradient. Returns a float32 scalar, finite whatever the classes."""
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)  # (2B, 2B), the diagonal
     other_view = itself.roll(len(z) // 2, 0)
     with torch.autocast(z.device.type, enabled=False):  # exp(s) needs float32
@@ -128,8 +127,7 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
     v = (1 - agreement).masked_fill(other_view, 1)
     denominator = (s + v.log()).logsumexp(1, keepdim=True)  # (2B, 1)
     denominator = torch.logaddexp(denominator, s + (1 - v).log())  # (2B, 2B): v_ij raised to 1 in the term of j itself
-    ratios = (s - denominator).masked_fill(itself, 0)  # log-ratios; the diagonal is no term
-    return -(w * ratios).sum(1).mean()
+    return -(w * (s - denominator).masked_fill(itself, 0)).sum(1).mean()  # the diagonal is no term
 
 
 # ==== Ensemble labels =================================================================================================
@@ -150,8 +148,7 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
         q_ic ~ (pi_c T0_ic / mean_j T0_jc)^a (n_ic / pi_c + smoothing)^s,    a: trust, s: sharpness
 
     answers: T0, the teacher's (N, C); over its mean, how much more than usual it says c here. near: n, the mean of
-    what is said of the neighbours (N, C). mass: pi, that of all images (C,); n / pi is how much denser c is there.
-    """
+    what is said of the neighbours (N, C). mass: pi, that of all images (C,); n / pi is how much denser c is there."""
     density = (near + smoothing * mass) / mass
     return (trust * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
 
@@ -162,8 +159,7 @@ def verdict(answers, near, enough=0.86, odds=20):
     mean: teachers are surer than right. Of answers (N, C) to that power, foretold: how often the neighbourhoods' first
     choice (N, C) is theirs, over their mean confidence; the less it is, the less the embedding knows: s = 1.5
     (foretold / 0.9)^4, at most 1.5. conceded: the probability that they give to that choice, over the same. From
-    `enough` on the word is not missed: a = 0; else a = trust. (Constants found by trial.) Even answers are none.
-    """
+    `enough` on the word is not missed: a = 0; else a = trust. (Constants found by trial.) Even answers are none."""
     told = answers.amax(1) > answers.amin(1)
     words, choice = answers[told].log(), near[told].argmax(1, keepdim=True)  # (M, C), (M, 1)
     first, second = words.topk(2).values.mean(0)
@@ -188,8 +184,7 @@ class EnsembleLabels(torch.nn.Module):
     in 20 rounds, whose outcome takes the place of the teacher's answers; after each epoch, the student's, and its mean
     prediction over the views that it saw. The first 5 rounds, and again the first `trial` epochs, run without the
     teacher's word; then verdict() sets the exponents, with features s alone. probs: its answers (N, C). class_prior:
-    the classes' shares (C,), if known. `table` is T, float16 (N, C). The rule is ours, not known from the paper.
-    """
+    the classes' shares (C,), if known. `table` is T, float16 (N, C). The rule is ours, not known from the paper."""
 
     def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None, trial=5):
         super().__init__()
@@ -257,34 +252,10 @@ VIEWS = {  # keyword arguments of augment()
 
 
 def augment(pixels, padding="reflection", views=1, **ranges):
-    """Random views of images, first the first of each: uint8 (B, 3, S, S) -> float32 (views * B, 3, S, S) in [0, 1].
-    padding: what lies outside the image, "reflection" or "zeros". ranges: see draw_views()."""
+    """Random views of images, first the first of each: uint8 (B, 3, S, S) -> float32 (views * B, 3, S, S) in [0, 1], as
+    by torchvision's functions. padding: of what lies outside, "reflection" or "zeros". ranges: see draw_views()."""
     pixels = pixels.repeat(views, 1, 1, 1)
-    return apply_views(pixels, draw_views(len(pixels), device=pixels.device, **ranges), padding)
-
-
-def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, jitter=0.0, gray=0.0, device="cpu"):
-    """Random parameters of n views, a dict of float32 tensors (n,).
-    width, height, left, top: a window in shares of the image's side, as torchvision's RandomResizedCrop draws it: its
-    area from `area`, its width / height from `ratio`, anew until it lies within the image (not where `area` goes above
-    1: the image may shrink in it). angle: degrees, counter-clockwise, within +-rotate. mirrored: 1, by chance `flip`.
-    brightness, contrast, saturation: factors within 1 +- jitter; saturation is 0 with probability `gray`.
-    """
-    tries = torch.rand(2, 10, n, device=device)
-    side = (area[0] + (area[1] - area[0]) * tries[0]).sqrt()  # (10, n)
-    stretch = (math.log(ratio[0]) / 2 + math.log(ratio[1] / ratio[0]) / 2 * tries[1]).exp()
-    fits = (torch.maximum(side * stretch, side / stretch) <= 1) | (area[1] > 1)
-    first = fits.byte().argmax(0, keepdim=True)  # (1, n)
-    width, height = (torch.where(fits, x, 1).gather(0, first)[0] for x in (side * stretch, side / stretch))
-    across, down, turn, mirror, bright, strong, vivid, colour = torch.rand(8, n, device=device)
-    brightness, contrast, saturation = (1 + jitter * (2 * u - 1) for u in (bright, strong, vivid))
-    draw = dict(width=width, height=height, left=across * (1 - width), top=down * (1 - height))
-    draw |= dict(angle=rotate * (2 * turn - 1), mirrored=(mirror < flip).float(), brightness=brightness)
-    return draw | dict(contrast=contrast, saturation=saturation * (colour >= gray))
-
-
-def apply_views(pixels, draw, padding="reflection"):
-    """The views that draw_views() describes, as by torchvision's functions: uint8 (B, 3, S, S) -> float32 in [0, 1]."""
+    draw = draw_views(len(pixels), device=pixels.device, **ranges)
     width, height, angle, sign = draw["width"], draw["height"], draw["angle"].deg2rad(), 1 - 2 * draw["mirrored"]
     sin, cos = angle.sin(), angle.cos()
     # Where an output point (x, y) in [-1, 1], y down, comes from: mirror, then rotate, then scale and shift.
@@ -298,12 +269,30 @@ def apply_views(pixels, draw, padding="reflection"):
     return torch.lerp(TF.rgb_to_grayscale(x), x, saturation).clamp_(0, 1)
 
 
+def draw_views(n, area=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rotate=0.0, flip=0.0, jitter=0.0, gray=0.0, device="cpu"):
+    """Random parameters of n views, a dict of float32 tensors (n,).
+    width, height, left, top: a window in shares of the image's side, as torchvision's RandomResizedCrop draws it: its
+    area from `area`, its width / height from `ratio`, anew until it lies within the image (not where `area` goes above
+    1: the image may shrink in it). angle: degrees, counter-clockwise, within +-rotate. mirrored: 1, by chance `flip`.
+    brightness, contrast, saturation: factors within 1 +- jitter; saturation is 0 with probability `gray`."""
+    tries = torch.rand(2, 10, n, device=device)
+    side = (area[0] + (area[1] - area[0]) * tries[0]).sqrt()  # (10, n)
+    stretch = (math.log(ratio[0]) / 2 + math.log(ratio[1] / ratio[0]) / 2 * tries[1]).exp()
+    fits = (torch.maximum(side * stretch, side / stretch) <= 1) | (area[1] > 1)
+    first = fits.byte().argmax(0, keepdim=True)  # (1, n)
+    width, height = (torch.where(fits, x, 1).gather(0, first)[0] for x in (side * stretch, side / stretch))
+    across, down, turn, mirror, bright, strong, vivid, colour = torch.rand(8, n, device=device)
+    brightness, contrast, saturation = (1 + jitter * (2 * u - 1) for u in (bright, strong, vivid))
+    draw = dict(width=width, height=height, left=across * (1 - width), top=down * (1 - height))
+    draw |= dict(angle=rotate * (2 * turn - 1), mirrored=(mirror < flip).float(), brightness=brightness)
+    return draw | dict(contrast=contrast, saturation=saturation * (colour >= gray))
+
+
 # ==== Student =========================================================================================================
 class Student(nn.Module):
     """The network that is trained: float (B, 3, S, S) in [0, 1] -> logits (B, C), unit embeddings (B, embedding_dim).
     arch: resnet8, or a resnet of torchvision, up to 64 px (`size`) with CIFAR's stem: 3x3, stride 1, and no max-pool.
-    backbone: in their place another network, images (B, 3, S, S) about zero -> features (B, width), and its width.
-    """
+    backbone: in their place another network, images (B, 3, S, S) about zero -> features (B, width), and its width."""
 
     def __init__(self, arch, num_classes, size=32, embedding_dim=128, backbone=None):
         super().__init__()
@@ -319,8 +308,8 @@ class Student(nn.Module):
         else:
             raise UserError(f"--arch {arch}: there is resnet8, and torchvision's resnet18, resnet34, resnet50, ...")
         self.classifier = nn.Linear(width, num_classes)
-        hidden = nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()
-        self.projector = nn.Sequential(*hidden, nn.Linear(width, embedding_dim))
+        layers = nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, embedding_dim)
+        self.projector = nn.Sequential(*layers)
 
     def forward(self, x):
         h = self.backbone((x - 0.5) / 0.25)  # (B, width)
@@ -343,8 +332,7 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's; certain ones, 0 and 1, are hardly mended. features: its
     unit image features (N, D), or None. out: folder (Path) for metrics.csv and checkpoint.pt, written each epoch; from
     these training goes on, on a CPU to the bit as if it had never stopped. objective, student, labels: in place of
-    tclip_objective(), a Student, EnsembleLabels. on_epoch: called after each epoch with its row, student and labels.
-    """
+    tclip_objective(), a Student, EnsembleLabels. on_epoch: called after each epoch with its row, student and labels."""
     if len(pixels) < 2:
         raise UserError("one image is too few: labels follow its neighbours")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -353,7 +341,7 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
     student = student or Student(config.arch, probs.shape[1], pixels.shape[-1])
     student.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True)
-    shares = class_shares(config.class_prior, probs.shape[1])
+    shares = class_shares(config.class_prior, range(probs.shape[1]))
     probs, features, shares = (None if x is None else x.to(device) for x in (probs, features, shares))
     rule = config.label_momentum, config.label_neighbours, shares, max(1, config.epochs // 8)
     labels = (labels or EnsembleLabels)(probs, features, *rule)
@@ -396,14 +384,13 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
             bar.update()
         if not losses.isfinite().all():
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {config.lr}")
-        exponents = dict(zip(("trust", "sharpness"), labels.exponents.tolist()))
-        labels.end_epoch()
-        classification, contrastive = losses.tolist()
-        changed = (labels.table.argmax(1) != probs.argmax(1)).float().mean().item()
+        (classification, contrastive), (trust, sharpness) = losses.tolist(), labels.exponents.tolist()
         row = dict(epoch=epoch + 1, loss=classification + contrastive, classification=classification)
-        row |= dict(contrastive=contrastive, labels_changed=changed, seconds=round(time.time() - started, 3))
-        history.append(row | exponents)
-        bar.set_postfix_str(f"loss {classification + contrastive:.3f}, labels changed {changed:.1%}")
+        row |= dict(contrastive=contrastive, trust=trust, sharpness=sharpness)
+        labels.end_epoch()
+        changed = (labels.table.argmax(1) != probs.argmax(1)).float().mean().item()
+        history.append(row | dict(labels_changed=changed, seconds=round(time.time() - started, 3)))
+        bar.set_postfix_str(f"loss {row['loss']:.3f}, labels changed {changed:.1%}")
         if on_epoch:
             on_epoch(history[-1], student, labels)
         if out and rank == 0:
@@ -415,13 +402,17 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
 
 
 def class_shares(prior, classes):
-    """Config.class_prior as the shares (C,) of so many classes, of any sum, or None. UserError: it is neither."""
-    numbers = prior.replace("uniform", ",".join("1" * classes)).split(",")
+    """Shares (C,) of the classes, C names, of any sum, or None. prior: none, uniform, or a number for each in order, or
+    with its name, "cat:0.7,dog:0.3"; or a file of these, one a line. UserError: it is nothing of that."""
+    told = Path(prior).read_text() if os.path.isfile(prior) else prior.replace("uniform", ",".join("1" * len(classes)))
+    pairs = [part.rpartition(":") for part in re.split("[,\n]", told.strip())]  # (name or "", ":" or "", number)
+    names = [name.strip() for name, *_ in pairs]
     with suppress(ValueError):
-        shares = None if prior == "none" else torch.tensor([float(number) for number in numbers])
-        if shares is None or (len(shares) == classes and shares.min() >= 1e-5 * shares.sum() > 0):
+        shares = None if prior == "none" else torch.tensor([float(number) for *_, number in pairs])
+        shares = shares[[names.index(name) for name in classes]] if any(names) else shares
+        if shares is None or (len(pairs) == len(classes) == len(shares) and shares.min() >= 1e-5 * shares.sum() > 0):
             return shares
-    raise UserError(f"--class-prior {prior}: none, uniform, or {classes} numbers, none below 0.00001 of their sum")
+    raise UserError(f"--class-prior {prior}: none, uniform, or {len(classes)} shares, none below 0.00001 of their sum")
 
 
 def tclip_objective(logits, z, index, labels, config):
@@ -625,7 +616,6 @@ def load_clip(name):
 # ==== A run ===========================================================================================================
 def read_dataset(config):
     """The data set's unlabeled and held-out Images, named by CLIP, and the class names."""
-    class_shares(config.class_prior, len(DATASETS[config.dataset]["classes"]))  # a UserError before CLIP is asked
     clip, recipe = Clip(config.clip, config.device), DATASETS[config.dataset]
     unlabeled, heldout = (load_images(config, split, clip) for split in ("train", "test"))
     prompts = text_classifier(clip.encode_texts, recipe["classes"], recipe["templates"])  # (C, D)
@@ -643,6 +633,10 @@ def run(config, read=read_dataset, resumed=False, learn=train):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(days=1))  # one may be at a download
         rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        torch.compile(torch.neg, disable=not config.compile)(torch.ones(8, device=config.device))
+    except RuntimeError as error:
+        raise UserError(f"--compile: {str(error).splitlines()[0]}") from error
     folder = [config.out if resumed or rank > 0 else claim_folder(config)]
     if world > 1:
         dist.broadcast_object_list(folder)
@@ -685,10 +679,9 @@ def write_results(config, unlabeled, heldout, classes, student, labels, started)
         scores["heldout_student"] = score(predict(student, heldout.pixels), heldout.truth)
     summary = {f"{who}_accuracy": s["accuracy"] for who, s in scores.items()}
     summary |= {f"{who}_per_class": dict(zip(classes, s["per_class"])) for who, s in scores.items()}
-    device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
-    about = dict(device=device, torch=torch.__version__, seconds=round(time.time() - started, 1))
-    agreement = score(said["student"], said["teacher"].argmax(1))["accuracy"]
-    summary |= dict(out=config.out, images=len(truth), agreement=agreement) | about
+    summary |= dict(out=config.out, images=len(truth), torch=torch.__version__, seconds=round(time.time() - started, 1))
+    summary["agreement"] = score(said["student"], said["teacher"].argmax(1))["accuracy"]
+    summary["device"] = torch.cuda.get_device_name() if config.device == "cuda" else config.device
     columns = dict(file=unlabeled.names)
     for who, probs in said.items():
         (confidence, number), prefix = probs.max(1), f"{who}_".removeprefix("label_")
@@ -742,6 +735,8 @@ def main(argv=None):
     Student(given.get("arch", Config.arch), 2)  # an unknown one is told before anything is read
     if folder and not Path(folder, "config.json").is_file():
         raise UserError(f"--resume {folder}: there is no run")
+    if (shares := class_shares(given.get("class_prior", "none"), DATASETS[name]["classes"])) is not None:
+        given["class_prior"] = ",".join(map(str, shares.tolist()))
     begun = json.loads(Path(folder, "config.json").read_text()) if folder else DATASETS[name]["settings"]
     if summary := run(Config(**begun | given | (dict(out=folder) if folder else {})), resumed=bool(folder)):
         right = [f"{k.replace('_', ' ')} {v:.1%}" for k, v in summary.items() if k.endswith("accuracy")]

@@ -148,7 +148,7 @@ def class_prior(prior, classes):
                 raise UserError(f"--class-prior {prior}: {name!r} has {numbers.count(i)} shares, and needs one")
         prior = ",".join(share for _, (_, share) in sorted(zip(numbers, pairs)))
     try:
-        tclip.class_shares(prior, len(classes))
+        tclip.class_shares(prior, classes)
     except UserError as error:
         raise UserError(f"{error}, for {', '.join(classes[:20])}; or each with its name, as in cat:0.7") from error
     return prior

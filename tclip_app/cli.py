@@ -88,7 +88,7 @@ def say(line):
 
 def train_command(resume, **given):
     config = train.resume(resume, given) if resume else train.begin(given)
-    train.check_machine(config)
+    train.check_cache(config)
     with matplotlib.rc_context(fonts.settings_for(config.classes.split("\n")) if config.truth else {}):
         summary = train.run(config, resumed=bool(resume))
     if not summary:  # the first process speaks

@@ -144,16 +144,10 @@ def check_effect(given):
             raise UserError(f"--{idle[0].replace('_', '-')} has no effect {why}: leave it out")
 
 
-def check_machine(config):
-    """UserError: there is no place for CLIP's features, or no compiler where --compile needs one."""
+def check_cache(config):
+    """UserError: there is no place for CLIP's features."""
     if not config.pseudo_labels and config.cache != "none":
         check_folder(config.cache, "; choose another --cache, or none")
-    if config.compile:
-        try:
-            torch.compile(torch.neg)(torch.ones(8, device=config.device))
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"--compile: {reason}") from error
 
 
 def resume(run, given):

@@ -85,10 +85,10 @@ def test_decomposed_names(tmp_path, capsys):
 PRIORS = {  # as it is given, or the content of a file
     "none": "none", "uniform": "uniform", "1,2,3": "1,2,3", "dog:3, Cat:1,cow : .5": "1,3,.5",
     "name,share\ndog,3\ncow,.5\n\ncat,1\n": "1,3,.5", 'dog:3\ncat:1\n"cow":.5': "1,3,.5",
-    "cow\t1\ndog;2\ncat\t3": "3,2,1", "1,2": "3 numbers, .* for cat, dog, cow", "dog:1,cat:2": "'cow' has 0 shares",
+    "cow\t1\ndog;2\ncat\t3": "3,2,1", "1,2": "3 shares, .* for cat, dog, cow", "dog:1,cat:2": "'cow' has 0 shares",
     "dog:1,cat:1,cow:1,Dog:2": "'dog' has 2",
-    "dog:1,cat:2,hen:3": "'hen' is not among", "dog:1,cat:2,cow": "as in cat:0.7", "dog:1,cat:2,cow:x": "3 numbers",
-    "dog:1,cat:2,cow:0": "3 numbers, none", "shares.txt": "as in cat:0.7",
+    "dog:1,cat:2,hen:3": "'hen' is not among", "dog:1,cat:2,cow": "as in cat:0.7", "dog:1,cat:2,cow:x": "3 shares",
+    "dog:1,cat:2,cow:0": "3 shares, none", "shares.txt": "as in cat:0.7",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from conftest import rows_of
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -99,14 +101,27 @@ def test_folders_and_interruption(tmp_path, monkeypatch):
 
 
 def test_class_prior(tmp_path, monkeypatch):
-    """Shares in the order of the classes, of any sum; wrong ones are told before CLIP is asked."""
-    assert tclip.class_shares("none", 3) is None
-    assert [tclip.class_shares(prior, 3).tolist() for prior in ("uniform", "5, 3,2")] == [[1, 1, 1], [5, 3, 2]]
+    """Shares in the order of the classes, or with their names, of any sum, here or in a file; wrong ones are told
+    before CLIP is asked. The run goes on with the numbers alone."""
     monkeypatch.chdir(tmp_path)
+    Path("shares").write_text("cow: 2\ncat:5\na dog:3\n")
+    assert tclip.class_shares("none", ["cat", "a dog", "cow"]) is None
+    assert tclip.class_shares("uniform", range(3)).tolist() == [1, 1, 1]
+    for prior in ("5, 3,2", "a dog:3,cow: 2,cat:5", "shares"):
+        assert tclip.class_shares(prior, ["cat", "a dog", "cow"]).tolist() == [5, 3, 2]
+    digits = tclip.DATASETS["digits"]["classes"]
+    named = [",".join(f"{name}:{i + 1}" for i, name in enumerate(names)) for names in (digits[1:], digits[1:] * 2)]
     monkeypatch.setattr(tclip, "Clip", None)
-    for prior in ("1,2", "even", "1,1,1,1,1,1,1,1,1,0", "1,1,1,1,1,1,1,1,1,1e-9", "1,1,1,1,1,1,1,1,1,nan", ""):
-        with pytest.raises(UserError, match=f"^--class-prior {prior}: none, uniform, or 10 numbers[^\n]*$"):
+    for prior in (
+        *("1,2", "even", "1,1,1,1,1,1,1,1,1,0", "1,1,1,1,1,1,1,1,1,1e-9", "1,1,1,1,1,1,1,1,1,nan", "", *named),
+        *(named[0] + more for more in (",10", ",ten:10", ",one:10", ",zero:", ",zero:1,zero:1")),
+    ):
+        with pytest.raises(UserError, match=f"^--class-prior {prior}: none, uniform, or 10 shares[^\n]*$"):
             main(["--class-prior", prior])
+    monkeypatch.setattr(tclip, "run", lambda config, resumed: told.append(config.class_prior))
+    told = []
+    main(["--class-prior", named[0] + ",zero:0.5"])
+    assert told == ["0.5,1.0,2.0,3.0,4.0,5.0,6.0,7.0,8.0,9.0"]
 
 
 def test_home_and_streams(tmp_path, monkeypatch):
@@ -148,3 +163,15 @@ def test_mistakes(line, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"^{line}[^\n]*$"):
         main(line.split(":")[0].split())
     assert not list(tmp_path.iterdir())
+
+
+def test_no_compiler():
+    """--compile without one: a line, before anything is made or read."""
+    gone, anew = torch._inductor.config.patch("cpp.cxx", (None, "/none")), torch.compiler.config.patch
+    with (
+        gone,
+        anew(force_disable_caches=True),
+        pytest.raises(UserError, match="^--compile: [^\n]*compiler[^\n]*/none[^\n]*$"),
+    ):
+        main(["--compile", "--out", "none"])
+    assert not os.path.exists("none")

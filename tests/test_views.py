@@ -5,7 +5,8 @@ import torch
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from tclip import VIEWS, apply_views, augment, draw_views
+import tclip
+from tclip import VIEWS, augment, draw_views
 
 BILINEAR = InterpolationMode.BILINEAR
 
@@ -18,6 +19,13 @@ def still(n=4, **changes):
     """The draw that leaves n images as they are, but for the named parameters."""
     draw = draw_views(n)
     return draw | {name: torch.as_tensor(value).float().expand(n) for name, value in changes.items()}
+
+
+def applied(pixels, draw, *padding):
+    """The views that this draw makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tclip, "draw_views", lambda n, device: draw)
+        return augment(pixels, *padding)
 
 
 @pytest.mark.parametrize("kind", VIEWS)
@@ -44,7 +52,7 @@ def test_window():
     there torchvision repeats the edge of the window, and we look at what lies beyond it."""
     windows = [(4, 6, 16, 20), (0, 0, 32, 32), (11, 3, 20, 16), (16, 12, 16, 20)]  # top, left, height, width
     top, left, height, width = torch.tensor(windows).T / 32
-    views = apply_views(images(), still(top=top, left=left, height=height, width=width))
+    views = applied(images(), still(top=top, left=left, height=height, width=width))
     for view, image, window in zip(views, images(), windows):
         expected = TF.resized_crop(image / 255, *window, [32, 32], BILINEAR, antialias=False)
         torch.testing.assert_close(view[:, 1:-1, 1:-1], expected[:, 1:-1, 1:-1], rtol=0, atol=1e-5)
@@ -57,7 +65,7 @@ def test_rotate_mirror_and_colour():
     """Rotation (outside are zeros), mirror, brightness, contrast and saturation are torchvision's, in this order."""
     torch.manual_seed(0)
     draw = draw_views(9, rotate=180, flip=0.5, jitter=0.8, gray=0.3)
-    for i, view in enumerate(apply_views(images(9), draw, "zeros")):
+    for i, view in enumerate(applied(images(9), draw, "zeros")):
         expected = TF.rotate(images(9)[i] / 255, draw["angle"][i].item(), BILINEAR)
         expected = TF.hflip(expected) if draw["mirrored"][i] else expected
         for name, adjust in ADJUST.items():

@@ -71,8 +71,8 @@ print(*(f"{name} {getattr(config, name)}" for name in ("arch", "size", "views", 
 # brighter or darker. How strongly depends on what the images show: writing must not be mirrored, a photo may. Here are
 # the originals in the first column, and views of them in the others.
 #
-# Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `apply_views` applies
-# them. (torchvision's transforms draw once for a batch, so that all its images would be cut alike.) Below the picture
+# Every image has a draw of its own: `draw_views` draws the parameters for a whole batch, and `augment` applies them.
+# (torchvision's transforms draw once for a batch, so that all its images would be cut alike.) Below the picture
 # are four more draws, one in a column. The first four are in shares of the image's side: a width below one shows a part
 # of the image, one above it all of it with a margin. The angle is in degrees; *mirrored* is one or zero, for writing
 # always zero; the last three are factors.
@@ -195,7 +195,7 @@ show_source(tclip.tclip_objective)
 
 
 def ensemble_labels():
-    shares = tclip.class_shares(config.class_prior, C)  # none are known here
+    shares = tclip.class_shares(config.class_prior, range(C))  # none are known here
     rule = config.label_momentum, config.label_neighbours, shares, max(1, config.epochs // 8)  # the last: the trial
     return tclip.EnsembleLabels(probs, images.features, *rule)
 

@@ -256,7 +256,7 @@ def exchanged(rule):
 
 def starting_labels(config, images):
     """The labels (N, C) that tclip starts from: the teacher's answers, as far as its image features mend them."""
-    shares = tclip.class_shares(config.class_prior, images.probs.shape[1])
+    shares = tclip.class_shares(config.class_prior, range(images.probs.shape[1]))
     rule = config.label_momentum, config.label_neighbours, shares
     return tclip.EnsembleLabels(images.probs, images.features, *rule).targets(slice(None))
 
