@@ -329,10 +329,10 @@ def resnet8(size):
 # ==== Training: under torchrun each process has all images and labels, and takes its share of each batch ==============
 def train(config, pixels, probs, features=None, out=None, objective=None, on_epoch=None, student=None, labels=None):
     """Train a student on unlabeled images and what a teacher says of them: (student, labels). No truth comes here.
-    pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's; certain ones, 0 and 1, are hardly mended. features: its
-    unit image features (N, D), or None. out: folder (Path) for metrics.csv and checkpoint.pt, written each epoch; from
-    these training goes on, on a CPU to the bit as if it had never stopped. objective, student, labels: in place of
-    tclip_objective(), a Student, EnsembleLabels. on_epoch: called after each epoch with its row, student and labels."""
+    pixels: uint8 (N, 3, S, S). probs: (N, C), the teacher's. features: its unit image features (N, D), or
+    None. out: folder (Path) for metrics.csv and checkpoint.pt, written each epoch; from these training goes on, on a
+    CPU to the bit as if it had never stopped. objective, student, labels: in place of tclip_objective(), a Student,
+    EnsembleLabels. on_epoch: called after each epoch with its row, student and labels."""
     if len(pixels) < 2:
         raise UserError("one image is too few: labels follow its neighbours")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
