@@ -163,7 +163,7 @@ def verdict(answers, near, enough=0.86, odds=20):
     told = answers.amax(1) > answers.amin(1)
     words, choice = answers[told].log(), near[told].argmax(1, keepdim=True)  # (M, C), (M, 1)
     first, second = words.topk(2).values.mean(0)
-    trust = (math.log(odds) / (first - second)).clamp(max=1)
+    trust = (torch.tensor(odds).log() / (first - second)).clamp(max=1)
     believed = (trust * words).softmax(1)
     claim, said = believed.amax(1), believed.gather(1, choice)[:, 0]  # (M,), of its own choice, and the neighbourhood's
     foretold, conceded = (said == claim).float().mean() / claim.mean(), said.mean() / claim.mean()
@@ -200,7 +200,7 @@ class EnsembleLabels(torch.nn.Module):
             for step in range(20):
                 near = self.update(slice(None), self.targets(slice(None)), places)
                 if step == 4:  # CLIP's answers are made of these features: that they agree proves nothing
-                    self.exponents[:] = verdict(self.answers.float(), near, enough=math.inf)
+                    self.exponents[:] = verdict(self.answers.float(), near, enough=torch.inf)
             self.answers.copy_(self.table)  # from now on these are T0
             self.exponents[:] = torch.tensor([0, 1.5])
 
@@ -234,7 +234,7 @@ class EnsembleLabels(torch.nn.Module):
             if self.trial == 0:
                 self.exponents[:] = verdict(self.answers[seen].float(), near)
             elif self.trial < 0:  # labels may wander off alone. Less is enough now: good ones contradict a bad teacher
-                self.exponents[0].clamp_min_(verdict(self.answers[seen].float(), near, 0.7)[0])
+                self.exponents[0].clamp_min_(verdict(self.answers[seen].float(), near, enough=0.7)[0])
         self.predictions, self.embeddings = torch.zeros_like(self.table), None
 
     def final(self, predictions):

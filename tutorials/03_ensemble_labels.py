@@ -38,6 +38,7 @@ sys.path[:0] = ["..", "."]
 
 # %%
 import inspect
+import math
 import time
 from dataclasses import replace
 
@@ -287,8 +288,9 @@ takeaway(
 # {\text{the teacher's mean confidence}}$$
 #
 # with the sharpness $s_0$ of above. This is the second of the two numbers of `verdict`, the function below, which has
-# the numbers for $f$ and $p$ in its last line; the first is for a later section. To see it at work, let a growing share
-# of the images have the features of other images.
+# the numbers for $f$ and $p$ in its last line; the first, the trust $a$, is for a later section. (A teacher that is too
+# sure is first made less so by it; this one is not.) To see it at work, let a growing share of the images have the
+# features of other images.
 
 # %%
 show_source(tclip.verdict)
@@ -342,9 +344,9 @@ takeaway(
 #
 # **In short:** as above, twice: in rounds in the teacher's features, then once an epoch in the student's embedding.
 #
-# `EnsembleLabels` has a trial in each. In CLIP's features the trust $a$ is one, after the trial. What comes out of
-# these rounds takes the place of the teacher's word $T^0$ from then on. In the student's embedding, $a$ may stay zero,
-# and that is the rest of this notebook.
+# `EnsembleLabels` has a trial in each. In CLIP's features the trust $a$ is one, after the trial (less, if the teacher
+# were surer). What comes out of these rounds takes the place of the teacher's word $T^0$ from then on. In the student's
+# embedding, $a$ may stay zero, and that is the rest of this notebook.
 
 # %%
 show_source(tclip.EnsembleLabels)
@@ -376,15 +378,15 @@ wrong = first != truth
 said, tables, log, judged, trials = {}, {}, {}, [], {}
 
 
-def watched_verdict(answers, near, *enough):
+def watched_verdict(answers, near, **enough):
     """tclip's verdict; what it is given is kept."""
     judged.append((answers, near))
-    return own_verdict(answers, near, *enough)
+    return own_verdict(answers, near, **enough)
 
 
-def trusting_verdict(answers, near, *enough):
+def trusting_verdict(answers, near, **enough):
     """The same, but a = 1."""
-    return torch.stack([torch.tensor(1.0), own_verdict(answers, near, *enough)[1]])
+    return torch.stack([torch.tensor(1.0), own_verdict(answers, near)[1]])
 
 
 frozen = replace(config, label_momentum=1.0, class_prior="none"), start, None
@@ -437,12 +439,17 @@ takeaway(
 #
 # **In short:** the teacher's is left out ($a = 0$) where it seems not to be missed: there it would hold labels back.
 #
+# First of all, models are surer than right, and after the rounds in CLIP's features still more so: neighbours are no
+# independent witnesses. So an answer is believed to a power of at most one, such that the first choice is `odds` times
+# as likely as the second, in the geometric mean over the images. That leaves the order of the choices, but not their
+# certainty; someone's labels without any confidence, zeros and ones, can be mended only like this.
+#
 # In the student's embedding the trial lasts an eighth of the epochs. Then `verdict` looks at what the teacher concedes:
 # *conceded* is the mean probability that it gives to the neighbourhoods' choices, divided by that of its own first
 # choices. If this is at least `enough`, labels that stood alone have not wandered off: $a$ stays zero, and the
-# teacher's word can no longer pull back the classes that it misnames, as here. Otherwise $a$ becomes one. (It is asked
-# again after each epoch, when less is enough: good labels, too, come to contradict a teacher that errs. In CLIP's own
-# features $a$ is always one: its answers are made of these, so that the two agree proves nothing.)
+# teacher's word can no longer pull back the classes that it misnames, as here. Otherwise $a$ becomes that power. (It is
+# asked again after each epoch, when less is enough: good labels, too, come to contradict a teacher that errs. In CLIP's
+# own features $a$ is never zero: its answers are made of these, so that the two agree proves nothing.)
 #
 # This is a guess, not a law. GPT-4V misnames whole classes of EuroSAT, too, and without its word labels get worse than
 # its answers; on MNIST the verdict keeps a word that does harm ([results](benchmark/results/README.md)). The constants
@@ -451,11 +458,16 @@ takeaway(
 
 # %%
 answers, near = judged[1]  # at the end of the trial in the student's embedding; the first was in CLIP's features
-(claim, word), choice = answers.max(1), near.argmax(1)
-conceded = answers.gather(1, choice[:, None]).mean() / claim.mean()
+first, second = answers.log().topk(2).values.mean(0)
+odds = inspect.signature(own_verdict).parameters["odds"].default
+power = min(1, math.log(odds) / (first - second).item())
+believed = (power * answers.log()).softmax(1)
+(claim, word), choice = believed.max(1), near.argmax(1)
+conceded = believed.gather(1, choice[:, None]).mean() / claim.mean()
 foretold = (choice == word).float().mean() / claim.mean()
 trust, sharpness = own_verdict(answers, near).tolist()
-print(f"conceded {conceded:.2f} -> a = {trust:g}; foretold {foretold:.2f} -> s = {sharpness:.2f}")
+print(f"answers to the power of {power:.2f} are {claim.mean():.0%} sure in place of {answers.amax(1).mean():.0%}")
+print(f"conceded {conceded:.2f} -> a = {trust:.2g}; foretold {foretold:.2f} -> s = {sharpness:.2f}")
 figure, ax = plt.subplots(figsize=(9, 4))
 for (name, caption), color, line in zip(
     {"follow": "the verdict's own a", "trusting": "a = 1"}.items(), (BLUE, ORANGE), ("-", "--")
