@@ -115,8 +115,7 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
 
     but v_ii+ = 1, and in the term of a positive j its own v_ij = 1: each term is a logarithm of a share. Where no image
     shares a class it is SimCLR's loss (Chen et al. 2020).
-    z: (2B, D) unit rows; row i and row i + B are the two views of one image. targets: (B, C) on the simplex, without
-    gradient. Returns a float32 scalar, finite whatever the classes."""
+    z: (2B, D) unit rows; rows i and i + B are views of one image. targets: (B, C) on the simplex. A float32 scalar."""
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)  # (2B, 2B), the diagonal
     other_view = itself.roll(len(z) // 2, 0)
     with torch.autocast(z.device.type, enabled=False):  # exp(s) needs float32
@@ -132,8 +131,7 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
 
 # ==== Ensemble labels =================================================================================================
 def nearest(embeddings, k, pool=50_000):
-    """The k nearest other images of each, int64 (N, k), by cosine of unit rows, float (N, D). Beyond `pool` images they
-    are sought among so many random ones: the cost of an image stays flat."""
+    """The k nearest others of each image, int64 (N, k), by cosine of unit rows (N, D); beyond `pool` of random ones."""
     members = torch.randperm(len(embeddings), device=embeddings.device)[:pool]
     bank, found = embeddings[members].T, []  # (D, pool)
     for rows in torch.arange(len(embeddings), device=members.device).split(256):  # N x pool cosines would be gigabytes
@@ -153,17 +151,18 @@ def bayes_rule(answers, near, mass, trust=1.0, sharpness=1.5, smoothing=0.1):
     return (trust * (mass * answers / answers.mean(0)).log() + sharpness * density.log()).softmax(1)
 
 
-def verdict(answers, near, enough=0.86, odds=20):
+def verdict(answers, near, enough=0.86):
     """The exponents (a, s) of bayes_rule(), after a trial in which the labels stood without the teacher's word (a = 0).
-    trust: the power, at most 1, that leaves an answer's first choice but `odds` times its second, in the geometric
-    mean: teachers are surer than right. Of answers (N, C) to that power, foretold: how often the neighbourhoods' first
-    choice (N, C) is theirs, over their mean confidence; the less it is, the less the embedding knows: s = 1.5
-    (foretold / 0.9)^4, at most 1.5. conceded: the probability that they give to that choice, over the same. From
-    `enough` on the word is not missed: a = 0; else a = trust. (Constants found by trial.) Even answers are none."""
-    told = answers.amax(1) > answers.amin(1)
+    trust: the power, at most 1, at which an answer's first choice is 20 times as likely as its second, in the geometric
+    mean, or a certain one 0.6 likely if that is more: teachers are surer than right. Of answers (N, C) to that power,
+    foretold: how often the neighbourhoods' first choice (N, C) is theirs, over their mean confidence; the less it is,
+    the less the embedding knows: s = 1.5 (foretold / 0.9)^4, at most 1.5. conceded: the probability that they give to
+    that choice, over the same. From `enough` on the word is not missed: a = 0; else a = trust. Constants by trial."""
+    told = answers.amax(1) > answers.amin(1)  # even answers are none
     words, choice = answers[told].log(), near[told].argmax(1, keepdim=True)  # (M, C), (M, 1)
     first, second = words.topk(2).values.mean(0)
-    trust = (torch.tensor(odds).log() / (first - second)).clamp(max=1)
+    odds = torch.tensor(max(20, 1.5 * (words.shape[1] - 1)))  # 1.5 : 1 against all others is 0.6
+    trust = (odds.log() / (first - second)).clamp(max=1)
     believed = (trust * words).softmax(1)
     claim, said = believed.amax(1), believed.gather(1, choice)[:, 0]  # (M,), of its own choice, and the neighbourhood's
     foretold, conceded = (said == claim).float().mean() / claim.mean(), said.mean() / claim.mean()
@@ -183,7 +182,7 @@ class EnsembleLabels(torch.nn.Module):
     Before training the embedding is CLIP's, where it gives features (N, D), and what is said of an image is its label,
     in 20 rounds, whose outcome takes the place of the teacher's answers; after each epoch, the student's, and its mean
     prediction over the views that it saw. The first 5 rounds, and again the first `trial` epochs, run without the
-    teacher's word; then verdict() sets the exponents, with features s alone. probs: its answers (N, C). class_prior:
+    teacher's word; then verdict() sets the exponents, with features a > 0. probs: its answers (N, C). class_prior:
     the classes' shares (C,), if known. `table` is T, float16 (N, C). The rule is ours, not known from the paper."""
 
     def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None, trial=5):
@@ -403,14 +402,14 @@ def train(config, pixels, probs, features=None, out=None, objective=None, on_epo
 
 def class_shares(prior, classes):
     """Shares (C,) of the classes, C names, of any sum, or None. prior: none, uniform, or a number for each in order, or
-    with its name, "cat:0.7,dog:0.3"; or a file of these, one a line. UserError: it is nothing of that."""
-    told = Path(prior).read_text() if os.path.isfile(prior) else prior.replace("uniform", ",".join("1" * len(classes)))
-    pairs = [part.rpartition(":") for part in re.split("[,\n]", told.strip())]  # (name or "", ":" or "", number)
-    names = [name.strip() for name, *_ in pairs]
-    with suppress(ValueError):
-        shares = None if prior == "none" else torch.tensor([float(number) for *_, number in pairs])
+    with its name, "cat:0.7,dog:0.3" (not in train()); or a file of these, one a line. UserError: it is none of that."""
+    with suppress(ValueError):  # no number, no name, or no text
+        told = Path(prior).read_text("utf-8-sig") if os.path.isfile(prior) else prior
+        told = ",".join("1" * len(classes)) if prior == "uniform" else re.sub(r"\s*([:,\n])\s*", r"\1", told.strip())
+        names, _, numbers = zip(*(part.rpartition(":") for part in re.split("[,\n]", told)))  # names are "" if not told
+        shares = None if prior == "none" else torch.tensor([float(number) for number in numbers])
         shares = shares[[names.index(name) for name in classes]] if any(names) else shares
-        if shares is None or (len(pairs) == len(classes) == len(shares) and shares.min() >= 1e-5 * shares.sum() > 0):
+        if shares is None or (len(names) == len(classes) == len(shares) and shares.min() >= 1e-5 * shares.sum() > 0):
             return shares
     raise UserError(f"--class-prior {prior}: none, uniform, or {len(classes)} shares, none below 0.00001 of their sum")
 
@@ -633,10 +632,11 @@ def run(config, read=read_dataset, resumed=False, learn=train):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(days=1))  # one may be at a download
         rank, world = dist.get_rank(), dist.get_world_size()
-    try:
-        torch.compile(torch.neg, disable=not config.compile)(torch.ones(8, device=config.device))
-    except RuntimeError as error:
-        raise UserError(f"--compile: {str(error).splitlines()[0]}") from error
+    if config.compile:
+        try:
+            torch.compile(torch.neg)(torch.ones(8, device=config.device))
+        except RuntimeError as error:
+            raise UserError(f"--compile: {str(error).splitlines()[0]}") from error
     folder = [config.out if resumed or rank > 0 else claim_folder(config)]
     if world > 1:
         dist.broadcast_object_list(folder)
@@ -728,17 +728,19 @@ def main(argv=None):
     parser.add_argument("--resume", metavar="RUN", type=os.path.expanduser, help="go on with this interrupted run")
     sys.stderr = sys.stderr or open(os.devnull, "w")  # where it is closed, a progress bar would fail
     given = vars(parser.parse_args(argv))
-    folder, name = given.pop("resume"), given.get("dataset", Config.dataset)
-    folder = (os.path.dirname(folder) or ".") if folder and os.path.isfile(folder) else folder
+    if folder := given.pop("resume"):
+        folder = (os.path.dirname(folder) or ".") if os.path.isfile(folder) else folder
+        if not Path(folder, "config.json").is_file():
+            raise UserError(f"--resume {folder}: there is no run")
+        given = json.loads(Path(folder, "config.json").read_text()) | given | dict(out=folder)
+    name = given.get("dataset", Config.dataset)
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
-    Student(given.get("arch", Config.arch), 2)  # an unknown one is told before anything is read
-    if folder and not Path(folder, "config.json").is_file():
-        raise UserError(f"--resume {folder}: there is no run")
-    if (shares := class_shares(given.get("class_prior", "none"), DATASETS[name]["classes"])) is not None:
-        given["class_prior"] = ",".join(map(str, shares.tolist()))
-    begun = json.loads(Path(folder, "config.json").read_text()) if folder else DATASETS[name]["settings"]
-    if summary := run(Config(**begun | given | (dict(out=folder) if folder else {})), resumed=bool(folder)):
+    config = Config(**DATASETS[name]["settings"] | given)
+    Student(config.arch, 2)  # an unknown one is told before anything is read
+    if (shares := class_shares(config.class_prior, DATASETS[name]["classes"])) is not None:
+        config = replace(config, class_prior=",".join(f"{share:g}" for share in shares.tolist()))
+    if summary := run(config, resumed=bool(folder)):
         right = [f"{k.replace('_', ' ')} {v:.1%}" for k, v in summary.items() if k.endswith("accuracy")]
         with suppress(BrokenPipeError, UnicodeEncodeError):  # all is written, whoever reads this
             print("{}; {seconds:.0f} s on {device}; see {out}".format(", ".join(right), **summary), flush=True)

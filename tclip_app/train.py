@@ -80,7 +80,8 @@ class Images(tclip.Images):
 class TrustedLabels(tclip.EnsembleLabels):
     """EnsembleLabels of which some are known to be right: they stay, and are what is said of these images.
 
-    trusted: int64 (N,), class numbers, -1 for images whose class is not known.
+    trusted: int64 (N,), class numbers, -1 for images whose class is not known. Known ones are certain answers to
+    tclip.verdict(), too: where they are many, it believes the others less.
     """
 
     def __init__(self, probs, *settings, trusted):

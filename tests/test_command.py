@@ -104,24 +104,29 @@ def test_class_prior(tmp_path, monkeypatch):
     """Shares in the order of the classes, or with their names, of any sum, here or in a file; wrong ones are told
     before CLIP is asked. The run goes on with the numbers alone."""
     monkeypatch.chdir(tmp_path)
-    Path("shares").write_text("cow: 2\ncat:5\na dog:3\n")
+    Path("shares").write_text("cow: 2\r\ncat :5\n\na dog:3\n", "utf-8-sig", newline="")
     assert tclip.class_shares("none", ["cat", "a dog", "cow"]) is None
     assert tclip.class_shares("uniform", range(3)).tolist() == [1, 1, 1]
+    assert tclip.class_shares("uniform:1,dress:2", ["dress", "uniform"]).tolist() == [2, 1]
+    Path("picture").write_bytes(b"\x89PNG")
     for prior in ("5, 3,2", "a dog:3,cow: 2,cat:5", "shares"):
         assert tclip.class_shares(prior, ["cat", "a dog", "cow"]).tolist() == [5, 3, 2]
     digits = tclip.DATASETS["digits"]["classes"]
     named = [",".join(f"{name}:{i + 1}" for i, name in enumerate(names)) for names in (digits[1:], digits[1:] * 2)]
     monkeypatch.setattr(tclip, "Clip", None)
-    for prior in (
-        *("1,2", "even", "1,1,1,1,1,1,1,1,1,0", "1,1,1,1,1,1,1,1,1,1e-9", "1,1,1,1,1,1,1,1,1,nan", "", *named),
-        *(named[0] + more for more in (",10", ",ten:10", ",one:10", ",zero:", ",zero:1,zero:1")),
-    ):
+    ones, extra = "1,1,1,1,1,1,1,1,1,", (",10", ",ten:10", ",one:10", ",zero:", ",zero:1,zero:1")
+    wrong = "1,2", "even", "", "picture", ones + "0", ones + "1e-9", ones + "nan", *named
+    for prior in (*wrong, *(named[0] + more for more in extra)):
         with pytest.raises(UserError, match=f"^--class-prior {prior}: none, uniform, or 10 shares[^\n]*$"):
             main(["--class-prior", prior])
     monkeypatch.setattr(tclip, "run", lambda config, resumed: told.append(config.class_prior))
     told = []
-    main(["--class-prior", named[0] + ",zero:0.5"])
-    assert told == ["0.5,1.0,2.0,3.0,4.0,5.0,6.0,7.0,8.0,9.0"]
+    main(["--class-prior", named[0] + ",zero:0.7"])
+    assert told == ["0.7,1,2,3,4,5,6,7,8,9"]
+    Path("config.json").write_text(json.dumps(dict(dataset="two")))
+    monkeypatch.setitem(tclip.DATASETS, "two", dict(classes=["cat", "dog"], settings={}))
+    main(["--resume", ".", "--class-prior", "dog:1,cat:2"])  # of the run's own classes
+    assert told[1:] == ["2,1"]
 
 
 def test_home_and_streams(tmp_path, monkeypatch):

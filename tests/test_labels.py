@@ -36,7 +36,7 @@ def loop_neighbours(places, k):
 def loop_verdict(answers, near, enough=0.86):
     told = [i for i, answer in enumerate(answers) if answer.max() > answer.min()]
     odds = [math.log(second / first) for first, second in (sorted(answers[i])[-2:] for i in told)]
-    trust = min(1, math.log(20) / (sum(odds) / len(odds)))
+    trust = min(1, math.log(max(20, 1.5 * (answers.shape[1] - 1))) / (sum(odds) / len(odds)))
     claim = foretold = conceded = 0
     for i in told:
         answer, choice = answers[i] ** trust / (answers[i] ** trust).sum(), near[i].argmax()
@@ -85,11 +85,11 @@ def test_loops():
 
 
 def test_verdict():
-    """It is the loop. Of a teacher whose word is not missed: a = 0; of a worse one: a = 1; the less the neighbourhoods
-    foretell, the less they count; and they count in full where the teacher claims less than they foretell. Even answers
-    are none."""
+    """It is the loop. Of a teacher whose word is not missed: a = 0; of a worse one: a = 1, or less if it is surer; the
+    less the neighbourhoods foretell, the less they count; and they count in full where the teacher claims less than
+    they foretell. Even answers are none."""
     answers, found = answers_of(), []
-    for sure, wrong in ((1, 0), (1, 12), (1, 36), (1, 48), (0.2, 12)):
+    for sure, wrong in ((1, 0), (1, 12), (1, 36), (1, 48), (0.2, 12), (4, 36)):
         near = F.one_hot((answers.argmax(1) + (torch.arange(N) < wrong)) % CLASSES, CLASSES).float()
         said = F.normalize(answers**sure, p=1, dim=1)
         found.append(verdict(said, near).tolist())
@@ -97,7 +97,23 @@ def test_verdict():
         assert uneven == pytest.approx(found[-1])
         assert found[-1] == pytest.approx(loop_verdict(said.double().numpy(), near.double().numpy()))
     trust, sharpness = zip(*found)
-    assert trust == (0, 0, 1, 1, 0) and sharpness[0] == sharpness[4] == 1.5 > sharpness[2] > sharpness[3] > 0
+    assert trust[:5] == (0, 0, 1, 1, 0) and sharpness[0] == sharpness[4] == 1.5 > sharpness[2] > sharpness[3] > 0
+    odds = (answers.log().topk(2).values.mean(0) * torch.tensor([4, -4])).sum()
+    assert trust[5] * odds == pytest.approx(math.log(20), abs=1e-4) and odds > math.log(20)
+
+
+def test_many_classes():
+    """Certain answers count 0.6 where classes are many, so that features that know nothing hardly overrule them, and
+    good ones mend them."""
+    draw = torch.Generator().manual_seed(0)
+    truth, wrong = torch.randint(100, (1500,), generator=draw), torch.rand(1500, generator=draw) < 0.3
+    answers = F.one_hot(torch.where(wrong, torch.randint(100, (1500,), generator=draw), truth), 100).float()
+    trust = verdict(answers.clamp_min(1e-6), answers, enough=math.inf)[0]
+    assert (trust * answers.clamp_min(1e-6).log()).softmax(1).amax(1).mean() == pytest.approx(0.6, abs=1e-3)
+    blind = torch.randn(1500, 64, generator=draw)
+    seeing = 3 * torch.randn(100, 64, generator=draw)[truth] + blind
+    right = [(EnsembleLabels(answers, x).table.argmax(1) == truth).float().mean() for x in (blind, seeing)]
+    assert right[0] > 0.65 < 0.95 < right[1] and answers[range(1500), truth].mean() < 0.75
 
 
 @pytest.mark.parametrize("momentum, prior", [(0.0, None), (0.7, None), (0.7, SHARES)])

@@ -38,7 +38,6 @@ sys.path[:0] = ["..", "."]
 
 # %%
 import inspect
-import math
 import time
 from dataclasses import replace
 
@@ -288,9 +287,9 @@ takeaway(
 # {\text{the teacher's mean confidence}}$$
 #
 # with the sharpness $s_0$ of above. This is the second of the two numbers of `verdict`, the function below, which has
-# the numbers for $f$ and $p$ in its last line; the first, the trust $a$, is for a later section. (A teacher that is too
-# sure is first made less so by it; this one is not.) To see it at work, let a growing share of the images have the
-# features of other images.
+# the numbers for $f$ and $p$ in its last line; the first, the trust $a$, is for a later section. It is one here, as for
+# every teacher that is not too sure. To see it at work, let a growing share of the images have the features of other
+# images.
 
 # %%
 show_source(tclip.verdict)
@@ -298,10 +297,10 @@ SHARES = (0, 0.5, 1) if QUICK else (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
 
 
 def after_trial(answers, places):
-    """The sharpness that the trial leads to, and labels (N, C) after the other rounds."""
+    """The sharpness that the trial leads to, and labels (N, C) after the other rounds, in which the teacher counts."""
     tables = rounds(answers, places, a=0, count=TRIAL)
-    sharpness = tclip.verdict(answers, tables[-2][places].mean(1))[1].item()
-    return sharpness, rounds(answers, places, s=sharpness, start=tables[-1], count=ROUNDS - TRIAL)[-1]
+    a, s = tclip.verdict(answers, tables[-2][places].mean(1), enough=torch.inf).tolist()
+    return s, rounds(answers, places, a, s, start=tables[-1], count=ROUNDS - TRIAL)[-1]
 
 
 always = f"always s = {SHARPNESS:g}"
@@ -338,7 +337,8 @@ takeaway(
 )
 
 # %% [markdown]
-# What the trial cannot tell apart: an embedding that knows nothing, and a teacher that claims too much (exercise 2).
+# A teacher that claims too much would be foretold too seldom, and look like a bad embedding; so the verdict first makes
+# it less sure (exercise 2).
 #
 # ## How does tclip do it?
 #
@@ -365,7 +365,7 @@ takeaway(
 # Now to the student, on the digits. `train` calls
 # `on_epoch` after each epoch with the row of its log, the student and the labels; that is all we need to watch. We
 # train three times: with the labels as they are at the start; with labels that follow; and with labels that follow
-# while the teacher's word counts throughout ($a = 1$), which is for the next section. "Wrongly labelled" are the images
+# while the teacher's word is never left out ($a > 0$), which is for the next section. "Wrongly labelled" are the images
 # whose label at the *start* of training is wrong. After each epoch the student is asked about the images, without
 # augmentation.
 
@@ -385,8 +385,8 @@ def watched_verdict(answers, near, **enough):
 
 
 def trusting_verdict(answers, near, **enough):
-    """The same, but a = 1."""
-    return torch.stack([torch.tensor(1.0), own_verdict(answers, near)[1]])
+    """The same, but a is never zero."""
+    return own_verdict(answers, near, enough=torch.inf)
 
 
 frozen = replace(config, label_momentum=1.0, class_prior="none"), start, None
@@ -440,9 +440,9 @@ takeaway(
 # **In short:** the teacher's is left out ($a = 0$) where it seems not to be missed: there it would hold labels back.
 #
 # First of all, models are surer than right, and after the rounds in CLIP's features still more so: neighbours are no
-# independent witnesses. So an answer is believed to a power of at most one, such that the first choice is `odds` times
+# independent witnesses. So an answer is believed to a power of at most one, such that the first choice is 20 times
 # as likely as the second, in the geometric mean over the images. That leaves the order of the choices, but not their
-# certainty; someone's labels without any confidence, zeros and ones, can be mended only like this.
+# certainty, and lets someone's labels without any confidence, zeros and ones, be mended.
 #
 # In the student's embedding the trial lasts an eighth of the epochs. Then `verdict` looks at what the teacher concedes:
 # *conceded* is the mean probability that it gives to the neighbourhoods' choices, divided by that of its own first
@@ -458,9 +458,7 @@ takeaway(
 
 # %%
 answers, near = judged[1]  # at the end of the trial in the student's embedding; the first was in CLIP's features
-first, second = answers.log().topk(2).values.mean(0)
-odds = inspect.signature(own_verdict).parameters["odds"].default
-power = min(1, math.log(odds) / (first - second).item())
+power = own_verdict(answers, near, enough=torch.inf)[0].item()
 believed = (power * answers.log()).softmax(1)
 (claim, word), choice = believed.max(1), near.argmax(1)
 conceded = believed.gather(1, choice[:, None]).mean() / claim.mean()
@@ -470,7 +468,7 @@ print(f"answers to the power of {power:.2f} are {claim.mean():.0%} sure in place
 print(f"conceded {conceded:.2f} -> a = {trust:.2g}; foretold {foretold:.2f} -> s = {sharpness:.2f}")
 figure, ax = plt.subplots(figsize=(9, 4))
 for (name, caption), color, line in zip(
-    {"follow": "the verdict's own a", "trusting": "a = 1"}.items(), (BLUE, ORANGE), ("-", "--")
+    {"follow": "the verdict's own a", "trusting": "a > 0"}.items(), (BLUE, ORANGE), ("-", "--")
 ):
     ax.plot([100 * right(table, truth) for table in tables[name]], color=color, ls=line, lw=2, label=caption)
 ax.axvline(trials["follow"], color="gray", ls=":", label="end of the trial")
@@ -482,8 +480,8 @@ plt.show()
 trust = log["follow"][-1]["trust"]
 takeaway(
     f"CLIP's names are {right(images.probs, truth):.1%} right. The labels of the last epoch are "
-    f"{right(tables['follow'][-1], truth):.1%} right with the verdict's own a, in the end {trust:g}, and "
-    f"{right(tables['trusting'][-1], truth):.1%} with a = 1."
+    f"{right(tables['follow'][-1], truth):.1%} right with the verdict's own a, in the end {trust:.2g}, and "
+    f"{right(tables['trusting'][-1], truth):.1%} with a = {log['trusting'][-1]['trust']:.2g}."
 )
 
 # %% [markdown]
@@ -542,8 +540,8 @@ takeaway(
 # others.
 # </details>
 #
-# **2.** Make the teacher surer than it is: `(p * T0.log()).softmax(1)` for p = 1, 2, 4, 8. No name changes. What does
-# the trial make of it?
+# **2.** Make the teacher surer than it is: `(p * T0.log()).softmax(1)` for p = 1, 2, 4, 8. No name changes. What do
+# the trial and the rounds after it make of it?
 #
 # <details><summary>Answer</summary>
 #
@@ -551,12 +549,12 @@ takeaway(
 # for p in (1, 2, 4, 8):
 #     sure = (p * T0.log()).softmax(1).clamp_min(1e-6)
 #     sharpness, labels = after_trial(sure, nearest)
-#     print(p, sure.amax(1).mean().item(), sharpness, right(labels, real.truth))
+#     believed = right(rounds(sure, nearest)[-1], real.truth)
+#     print(p, sure.amax(1).mean().item(), sharpness, right(labels, real.truth), believed)
 # ```
-# Sure answers give the neighbourhoods little to overrule, so that labels are mended less even where $s$ stays; and the
-# more the teacher claims, the less of it the neighbourhoods foretell, until $s$ falls as well. An
-# embedding that knows nothing and a teacher that claims too much look alike in the trial. What helps is a temperature
-# at which the teacher claims what it is worth.
+# Believed wholly, sure answers give the neighbourhoods little to overrule, and fewer labels are mended. The verdict
+# takes most of $p$ out again: labels and $s$ stay nearly what they were. (Of answers that are certain, zeros and ones,
+# it cannot know the second choice: there less is mended.)
 # </details>
 
 # %%
