@@ -37,9 +37,10 @@ def expected_accuracy(teacher, labels, student):
     by the teacher where it says the same, since the labels are surer for the same reason, and by the labels elsewhere.
     A teacher that is certain of all tells no confidences: it counts as far as tclip.verdict() believes it.
     """
-    if (teacher.amax(1)[teacher.amax(1) > teacher.amin(1)] > 0.999).all():  # even answers are none
-        words = teacher.clamp_min(1e-6).log()
-        teacher = (tclip.verdict(words.exp(), teacher, enough=torch.inf)[0] * words).softmax(1)
+    sure = teacher.amax(1)
+    if (sure[sure > teacher.amin(1)] > 0.999).all():  # even answers are none
+        teacher = teacher.clamp_min(1e-6)
+        teacher = (tclip.verdict(teacher, teacher, enough=torch.inf)[0] * teacher.log()).softmax(1)
     choice = student.argmax(1, keepdim=True)  # (N, 1)
     agree = teacher.argmax(1, keepdim=True) == choice
     given = torch.where(agree, teacher.gather(1, choice), labels.gather(1, choice))
