@@ -106,9 +106,8 @@ def class_conditional_contrastive_loss(z, targets, temperature=0.5, class_share=
 
         L_i = - sum_j w_ij log( exp(s_ij) / sum_k v_ik exp(s_ik) ),    s_ij = <z_i, z_j> / temperature
 
-    where j and k run over all rows but i. w says what is pulled together and v what is pushed apart. Both look at the
-    class agreement a_ij = <T_i, T_j>, the chance that i and j share a class by their present labels T; for the other
-    view i+ of the same image, a_ii+ = 1.
+    where j, k run over all rows but i. w says what is pulled together, v what is pushed apart, by the class agreement
+    a_ij = <T_i, T_j>, the chance that i and j share a class by the present labels T; a_ii+ = 1 for its other view i+.
 
         w_ij = c a_ij / sum_k a_ik + (1 - c) [j = i+],    c the class_share: 1 pulls by class, 0 by instance
         v_ik = 1 - a_ik,                                  only images of other classes are pushed away
@@ -181,9 +180,9 @@ class EnsembleLabels(torch.nn.Module):
     """Pseudo-labels T that follow an embedding by Bayes' rule: T <- m T + (1 - m) q, see bayes_rule().
     Before training the embedding is CLIP's, where it gives features (N, D), and what is said of an image is its label,
     in 20 rounds, whose outcome takes the place of the teacher's answers; after each epoch, the student's, and its mean
-    prediction over the views that it saw. The first 5 rounds, and again the first `trial` epochs, run without the
-    teacher's word; then verdict() sets the exponents, with features a > 0. probs: its answers (N, C). class_prior:
-    the classes' shares (C,), if known. `table` is T, float16 (N, C). The rule is ours, not known from the paper."""
+    prediction over the views it saw. The first 5 rounds, and again the first `trial` epochs, run without the teacher's
+    word; then verdict() sets the exponents, with features a > 0. probs: its answers (N, C). class_prior: the classes'
+    shares (C,), if known. `table` is T, `near` the last n, float16 (N, C). The rule is ours, not the paper's."""
 
     def __init__(self, probs, features=None, momentum=0.5, neighbours=15, class_prior=None, trial=5):
         super().__init__()
@@ -193,23 +192,24 @@ class EnsembleLabels(torch.nn.Module):
         self.register_buffer("table", self.answers.clone())
         self.register_buffer("exponents", torch.tensor([0, 1.5], device=probs.device))
         self.register_buffer("trial", torch.tensor(trial, device=probs.device))  # epochs of it that are left
+        self.register_buffer("near", torch.full_like(self.table, 1 / probs.shape[1]))  # n; even: not known yet
         self.predictions, self.embeddings = torch.zeros_like(self.table), None  # sums over an epoch's views
         if features is not None and momentum < 1:
             places = nearest(F.normalize(features.float(), dim=1), neighbours)
             for step in range(20):
-                near = self.update(slice(None), self.targets(slice(None)), places)
+                self.update(slice(None), self.targets(slice(None)), places)
                 if step == 4:  # CLIP's answers are made of these features: that they agree proves nothing
-                    self.exponents[:] = verdict(self.answers.float(), near, enough=torch.inf)
+                    self.exponents[:] = verdict(self.answers.float(), self.near.float(), enough=torch.inf)
             self.answers.copy_(self.table)  # from now on these are T0
             self.exponents[:] = torch.tensor([0, 1.5])
 
     def update(self, index, said, places):
-        """One step for the images `index`, of what is said (B, C) and the neighbours' places in it (B, k): n (B, C)."""
+        """One step for the images `index`, of what is said (B, C) and the neighbours' places in it (B, k)."""
         near = sum(said[column] for column in places.T) / places.shape[1]  # (B, k, C) at once would be gigabytes
+        self.near[index] = near.half()
         q = bayes_rule(self.answers[index].float(), near, said.mean(0).clamp_min(1e-6), *self.exponents)
         q = q if self.class_prior is None else with_shares(q.clamp_min(1e-12), self.class_prior)
         self.table[index] = torch.lerp(q, self.targets(index), self.momentum).clamp_min(1e-6).half()
-        return near
 
     def targets(self, index):
         """Present labels, float32 (B, C), of the images `index`, int64 (B,)."""
@@ -228,18 +228,19 @@ class EnsembleLabels(torch.nn.Module):
         if self.embeddings is not None:
             seen = self.predictions.sum(1, dtype=torch.float32).nonzero()[:, 0]
             said = F.normalize(self.predictions[seen].float(), p=1, dim=1)
-            near = self.update(seen, said, nearest(F.normalize(self.embeddings[seen], dim=1), self.neighbours))
+            self.update(seen, said, nearest(F.normalize(self.embeddings[seen], dim=1), self.neighbours))
             self.trial -= 1
             if self.trial == 0:
-                self.exponents[:] = verdict(self.answers[seen].float(), near)
+                self.exponents[:] = verdict(self.answers[seen].float(), self.near[seen].float())
             elif self.trial < 0:  # labels may wander off alone. Less is enough now: good ones contradict a bad teacher
-                self.exponents[0].clamp_min_(verdict(self.answers[seen].float(), near, enough=0.7)[0])
+                self.exponents[0].clamp_min_(verdict(self.answers[seen].float(), self.near[seen].float(), 0.7)[0])
         self.predictions, self.embeddings = torch.zeros_like(self.table), None
 
     def final(self, predictions):
-        """Mean of labels and the trained student's predictions, (N, C), as far as s lets these count: a run's best."""
-        share = self.exponents[1] / 1.5 if self.momentum < 1 else 0
-        return torch.lerp(self.targets(slice(None)), predictions.to(self.table.device), share / (1 + share))
+        """A run's best answer (N, C): the rule once more, on labels mixed, as far as s lets them, with predictions."""
+        share = self.exponents[1] / 1.5 * (self.momentum < 1)
+        both = torch.lerp(self.targets(slice(None)), predictions.to(self.table.device), share / (1 + share))
+        return bayes_rule(both, self.near.float(), both.mean(0), 1.0, 1.5 * share)
 
 
 # ==== Augmentation: on the device, each image with a draw of its own (torchvision's transforms draw once a batch) =====
@@ -505,8 +506,8 @@ DATASETS = {  # source: (root, whether the unlabeled part) -> (PIL image, label)
 
 def load_images(config, split, clip):
     """Read the "train" (unlabeled) or "test" (held-out) split of a data set once: Images, but for probs.
-    CLIP's features are kept in the folder config.cache, a file for each data set, split and model, and used again as
-    long as there is one for each image and the first eight come out the same. UserError: no data set, or no folder."""
+    CLIP's features are kept in a file of config.cache for each data set, split and model, and used again as long as
+    their number and the first eight fit. UserError: no data set, or no folder."""
     try:
         source = DATASETS[config.dataset]["source"](config.root, split == "train")  # torchvision downloads
     except (OSError, RuntimeError) as error:
@@ -557,8 +558,7 @@ def read_ahead(read, n, title, batch=256):
 
 def square(image, size):
     """PIL image -> uint8 (3, size, size): its short side to `size`, then the centre, as CLIP's preprocessing does."""
-    image = TF.resize(image.convert("RGB"), size, TF.InterpolationMode.BICUBIC)
-    return TF.pil_to_tensor(TF.center_crop(image, size))
+    return TF.pil_to_tensor(TF.center_crop(TF.resize(image.convert("RGB"), size, TF.InterpolationMode.BICUBIC), size))
 
 
 # ==== CLIP ============================================================================================================

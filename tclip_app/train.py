@@ -97,9 +97,8 @@ class TrustedLabels(tclip.EnsembleLabels):
         return torch.where(known < 0, labels, F.one_hot(known[:, 0].clamp_min(0), labels.shape[1]).to(labels))
 
     def update(self, index, said, places):
-        near = super().update(index, self.corrected(said, index), places)
+        super().update(index, self.corrected(said, index), places)
         self.table[index] = self.corrected(self.table[index], index).clamp_min(1e-6)
-        return near
 
     def final(self, predictions):
         return self.corrected(super().final(predictions), slice(None))

@@ -220,8 +220,9 @@ def test_teachers(kind, prior):
 
 
 def test_state():
-    """Saved labels go on as those that were not. The final ones are their mean with the predictions. At momentum 1
-    nothing is recorded, and nothing changes."""
+    """Saved labels go on as those that were not. The final ones are their mean with the predictions, times how much
+    denser than usual each class is around the image, as far as s says. At momentum 1 nothing is recorded, and nothing
+    changes."""
     labels, fixed = (EnsembleLabels(answers_of(), places_of(), momentum) for momentum in (0.5, 1))
     for seed in (1, 2):
         resumed = EnsembleLabels(answers_of(seed=5), places_of(seed=5))
@@ -233,8 +234,13 @@ def test_state():
         assert not labels.table.requires_grad and all(map(torch.equal, labels.buffers(), resumed.buffers()))
     assert torch.equal(fixed.table, answers_of().half()) and not torch.equal(labels.table, fixed.table)
     labels.exponents[1], predictions = 0.6, answers_of(seed=9)
-    torch.testing.assert_close(labels.final(predictions), (labels.targets(EVERY) + 0.4 * predictions) / 1.4)
-    assert torch.equal(fixed.final(predictions), fixed.targets(EVERY))
+    resumed.load_state_dict(labels.state_dict())
+    near = answers_of(seed=2)[nearest(places_of(seed=2), 15)].mean(1)
+    both = (labels.targets(EVERY) + 0.4 * predictions) / 1.4
+    expected = F.normalize(both * (near / both.mean(0) + 0.1) ** 0.6, p=1, dim=1)
+    for table in (labels, resumed):
+        torch.testing.assert_close(table.final(predictions), expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(fixed.final(predictions), fixed.targets(EVERY))
 
 
 @pytest.mark.parametrize("prior", [None, SHARES])

@@ -168,7 +168,7 @@ trusts = []  # in each round
 class Watched(tclip.EnsembleLabels):
     def update(self, *given):
         trusts.append(self.exponents[0].item())
-        return super().update(*given)
+        super().update(*given)
 
 
 Watched(real.probs, real.features)
@@ -378,13 +378,13 @@ wrong = first != truth
 said, tables, log, judged, trials = {}, {}, {}, [], {}
 
 
-def watched_verdict(answers, near, **enough):
+def watched_verdict(answers, near, *limit, **named):
     """tclip's verdict; what it is given is kept."""
     judged.append((answers, near))
-    return own_verdict(answers, near, **enough)
+    return own_verdict(answers, near, *limit, **named)
 
 
-def trusting_verdict(answers, near, **enough):
+def trusting_verdict(answers, near, enough=None):
     """The same, but a is never zero."""
     return own_verdict(answers, near, enough=torch.inf)
 
