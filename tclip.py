@@ -192,7 +192,7 @@ class EnsembleLabels(torch.nn.Module):
         self.register_buffer("table", self.answers.clone())
         self.register_buffer("exponents", torch.tensor([0, 1.5], device=probs.device))
         self.register_buffer("trial", torch.tensor(trial, device=probs.device))  # epochs of it that are left
-        self.register_buffer("near", torch.full_like(self.table, 1 / probs.shape[1]))  # n; even: not known yet
+        self.register_buffer("near", torch.zeros_like(self.table))  # the last n, of images that have one
         self.predictions, self.embeddings = torch.zeros_like(self.table), None  # sums over an epoch's views
         if features is not None and momentum < 1:
             places = nearest(F.normalize(features.float(), dim=1), neighbours)
@@ -237,10 +237,10 @@ class EnsembleLabels(torch.nn.Module):
         self.predictions, self.embeddings = torch.zeros_like(self.table), None
 
     def final(self, predictions):
-        """A run's best answer (N, C): the rule once more, on labels mixed, as far as s lets them, with predictions."""
-        share = self.exponents[1] / 1.5 * (self.momentum < 1)
-        both = torch.lerp(self.targets(slice(None)), predictions.to(self.table.device), share / (1 + share))
-        return bayes_rule(both, self.near.float(), both.mean(0), 1.0, 1.5 * share)
+        """A run's best answer (N, C): the rule once more, so that n counts twice, on labels mixed with predictions."""
+        table, share = self.targets(slice(None)), self.exponents[1] / 1.5
+        both = torch.lerp(table, predictions.to(table.device), share / (1 + share))
+        return bayes_rule(both, self.near.float(), both.mean(0), 1.0, self.exponents[1]) if self.momentum < 1 else table
 
 
 # ==== Augmentation: on the device, each image with a draw of its own (torchvision's transforms draw once a batch) =====

@@ -101,6 +101,7 @@ class TrustedLabels(tclip.EnsembleLabels):
         self.table[index] = self.corrected(self.table[index], index).clamp_min(1e-6)
 
     def final(self, predictions):
+        predictions = self.corrected(predictions.to(self.table.device), slice(None))
         return self.corrected(super().final(predictions), slice(None))
 
 
@@ -166,7 +167,10 @@ def resume(run, given):
     if not isinstance(begun, dict) or begun.keys() != ALL.keys():
         raise UserError(f"--resume {run}: its config.json is of another command or version")
     if Path(run, "checkpoint.pt").exists():
-        load(Path(run, "checkpoint.pt"), "student", "optimizer", "labels", "history")
+        state = load(Path(run, "checkpoint.pt"), "student", "optimizer", "labels", "history")
+        kept = TrustedLabels(torch.ones(2, 2), trusted=torch.tensor([-1, -1])).state_dict()
+        if state["labels"].keys() != kept.keys():
+            raise UserError(f"--resume {run}: its checkpoint.pt is of another version")
     check_folder(run)
     return Settings(**begun | absolute(given) | dict(out=run))
 

@@ -1,5 +1,6 @@
 """The command `tclip` from end to end: runs on folders of images, how they go on, and how mistakes are answered."""
 
+import io
 import json
 import os
 import re
@@ -185,12 +186,21 @@ def test_write_whole(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"whole"
 
 
+def without_near(checkpoint):
+    """A checkpoint whose labels lack what has been kept since."""
+    state, file = torch.load(io.BytesIO(checkpoint), weights_only=True), io.BytesIO()
+    del state["labels"]["near"]
+    torch.save(state, file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     "name, change, word",
     [("config.json", lambda x: x[:50], "config.json cannot be read"), ("config.json", lambda x: b"[]", "of another"),
      ("config.json", lambda x: x.replace(b"strict", b"severe"), "of another command or version"),
      ("checkpoint.pt", lambda x: x[: len(x) // 2], "checkpoint.pt is cut off"),
-     ("checkpoint.pt", lambda x: b"", "checkpoint.pt is cut off")],
+     ("checkpoint.pt", lambda x: b"", "checkpoint.pt is cut off"),
+     ("checkpoint.pt", without_near, "checkpoint.pt is of another version")],
 )  # fmt: skip
 def test_damaged_run(name, change, word, whole, tmp_path):
     """What cannot go on is told in one line, and is not touched."""

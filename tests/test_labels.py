@@ -137,7 +137,7 @@ def test_epochs(momentum, prior):
         if step == 4:
             exponents = loop_verdict(answers, near, math.inf)
     np.testing.assert_allclose(labels.targets(EVERY), table, atol=5e-3)  # float16
-    answers, rng, exponents = table.copy(), np.random.default_rng(0), (0, 1.5)
+    answers, rng, exponents, last = table.copy(), np.random.default_rng(0), (0, 1.5), near
     for epoch in range(4):
         said, places = np.zeros((N, CLASSES)), np.zeros((N, 8))
         for seed in range(10 * epoch, 10 * epoch + 6):
@@ -152,7 +152,9 @@ def test_epochs(momentum, prior):
         said, places = said[seen] / said[seen].sum(1, keepdims=True), places[seen]
         places = loop_neighbours(places / np.linalg.norm(places, axis=1, keepdims=True), 5)
         table[seen], near = follow(table[seen], answers[seen], said, places, exponents)
+        last[seen] = near
         np.testing.assert_allclose(labels.targets(EVERY), table, atol=5e-3)
+        np.testing.assert_allclose(labels.near, last, atol=2e-3)
         if epoch >= 1:
             trust, sharpness = loop_verdict(answers[seen], near, 0.86 if epoch == 1 else 0.7)
             exponents = max(exponents[0], trust), sharpness if epoch == 1 else exponents[1]
@@ -221,8 +223,8 @@ def test_teachers(kind, prior):
 
 def test_state():
     """Saved labels go on as those that were not. The final ones are their mean with the predictions, times how much
-    denser than usual each class is around the image, as far as s says. At momentum 1 nothing is recorded, and nothing
-    changes."""
+    denser than usual each class is around the image, if that is known, as far as s says. At momentum 1 nothing is
+    recorded, and nothing changes."""
     labels, fixed = (EnsembleLabels(answers_of(), places_of(), momentum) for momentum in (0.5, 1))
     for seed in (1, 2):
         resumed = EnsembleLabels(answers_of(seed=5), places_of(seed=5))
@@ -234,13 +236,16 @@ def test_state():
         assert not labels.table.requires_grad and all(map(torch.equal, labels.buffers(), resumed.buffers()))
     assert torch.equal(fixed.table, answers_of().half()) and not torch.equal(labels.table, fixed.table)
     labels.exponents[1], predictions = 0.6, answers_of(seed=9)
+    resumed = EnsembleLabels(answers_of(seed=5))
     resumed.load_state_dict(labels.state_dict())
     near = answers_of(seed=2)[nearest(places_of(seed=2), 15)].mean(1)
     both = (labels.targets(EVERY) + 0.4 * predictions) / 1.4
     expected = F.normalize(both * (near / both.mean(0) + 0.1) ** 0.6, p=1, dim=1)
     for table in (labels, resumed):
         torch.testing.assert_close(table.final(predictions), expected, rtol=0, atol=2e-3)
-    torch.testing.assert_close(fixed.final(predictions), fixed.targets(EVERY))
+    assert torch.equal(fixed.final(predictions), fixed.targets(EVERY))
+    begun = EnsembleLabels(answers_of()).final(predictions)
+    torch.testing.assert_close(begun, (answers_of().half().float() + predictions) / 2, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("prior", [None, SHARES])

@@ -89,8 +89,8 @@ print("\n" + inspect.getsource(ELR))
 # A row is a *suite*: images, and a teacher's answers about them. *teacher* to *tclip*: how many of the unlabeled images
 # are named rightly, by the teacher and by students of the last epoch, in %, mean and standard deviation over the seeds
 # (no deviation: one seed). *held out*: of images that no training saw. *its labels*: how many of the labels are right
-# that tclip ends with (in `labels.csv`: the labels and the student's predictions, mixed). The students are small, as
-# the lines above the table say, so that a CPU can train them. A cell is empty where nobody has run that yet.
+# that tclip ends with (in `labels.csv`: the rule once more, on labels and predictions together). The students are
+# small, as the lines above the table say, so that a CPU can train them. A cell is empty where nobody has run that yet.
 
 # %%
 students = {}  # a description: the suites that have it

@@ -6,7 +6,7 @@
 with all images: tclip train --labels, the labelled images beside all the others and their teacher. alone: the same
 student, cross-entropy, on the labelled images, which are repeated until an epoch has as many steps. Which images are
 labelled is drawn by the seed. unlabeled, labels: images that are right, of those without a label, by the student and by
-the labels that it was trained on; held out: by the student. A finished run is a row of results/few-labels.csv at once;
+what labels.csv would say; held out: by the student. A finished run is a row of results/few-labels.csv at once;
 the same command goes on with what is missing there.
 """
 
