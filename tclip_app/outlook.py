@@ -29,22 +29,23 @@ def warnings(teacher, labels, student, classes):
     return [sentence for sentence in found if sentence]
 
 
-def expected_accuracy(teacher, labels, student):
-    """Estimate of the share of images that the student gets right, a float, without any truth.
+def expected_accuracy(teacher, witness, said):
+    """Estimate of the share of images that is said rightly, a float, without any truth.
 
-    teacher, labels, student: probabilities (N, C). Halfway between two views: how often the student's choice is the
-    labels', which is too high where all err together, and the mean probability of its choices, which is often too low:
-    by the teacher where it says the same, since the labels are surer for the same reason, and by the labels elsewhere.
-    A teacher that is certain of all tells no confidences: it counts as far as tclip.verdict() believes it.
+    teacher, witness, said: probabilities (N, C): of a student the witness are the labels, of labels it is the student.
+    Halfway between two views: how often the witness makes the same choice, which is too high where all err together,
+    and the mean probability of what is chosen, which is often too low: by the teacher where it chooses the same, since
+    the witness is surer for the same reason, and by the witness elsewhere. A teacher that is certain of all tells no
+    confidences: it counts as far as tclip.verdict() believes it.
     """
     sure = teacher.amax(1)
     if (sure[sure > teacher.amin(1)] > 0.999).all():  # even answers are none
         teacher = teacher.clamp_min(1e-6)
         teacher = (tclip.verdict(teacher, teacher, enough=torch.inf)[0] * teacher.log()).softmax(1)
-    choice = student.argmax(1, keepdim=True)  # (N, 1)
+    choice = said.argmax(1, keepdim=True)  # (N, 1)
     agree = teacher.argmax(1, keepdim=True) == choice
-    given = torch.where(agree, teacher.gather(1, choice), labels.gather(1, choice))
-    return ((labels.argmax(1, keepdim=True) == choice).float().mean() + given.mean()).item() / 2
+    given = torch.where(agree, teacher.gather(1, choice), witness.gather(1, choice))
+    return ((witness.argmax(1, keepdim=True) == choice).float().mean() + given.mean()).item() / 2
 
 
 def summary(teacher, labels, student, classes):
@@ -52,10 +53,10 @@ def summary(teacher, labels, student, classes):
 
     teacher, labels, student: probabilities (N, C) of the C classes.
     """
-    ours, theirs = (expected_accuracy(teacher, labels, said) for said in (student, labels))
+    ours, theirs = expected_accuracy(teacher, labels, student), expected_accuracy(teacher, student, labels)
     sentence = (
         f"Expect the student to be right on some {ours:.0%} of these images, the labels on {theirs:.0%}: estimates "
-        f"without truth, which were {MEAN_ERROR} points off in the mean of our benchmarks, {LARGEST_ERROR} at worst."
+        f"without truth. The first was {MEAN_ERROR} points off in the mean of our benchmarks, {LARGEST_ERROR} at worst."
     )
     told = warnings(*(said.argmax(1) for said in (teacher, labels, student)), classes)
     return dict(expected_student_accuracy=ours, expected_label_accuracy=theirs, outlook=sentence, warnings=told)

@@ -14,12 +14,15 @@ from tclip_app.cli import main
 
 def test_expected_accuracy():
     """By hand: halfway between how often the student's choice is the labels', and the mean probability of its choices,
-    the teacher's where it agrees with the student, the labels' elsewhere. A teacher without confidences is not
-    believed more than the rule believes it."""
+    the teacher's where it agrees with the student, the labels' elsewhere; of the labels the other way round. A teacher
+    without confidences is not believed more than the rule believes it."""
     teacher = torch.tensor([[0.6, 0.4, 0.0], [0.7, 0.1, 0.2], [0.1, 0.1, 0.8]])
     labels = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4]])
     student = torch.tensor([[0.9, 0.0, 0.1], [0.4, 0.6, 0.0], [1.0, 0.0, 0.0]])  # agrees, does not, does not
     assert outlook.expected_accuracy(teacher, labels, student) == pytest.approx((2 / 3 + (0.6 + 0.5 + 0.3) / 3) / 2)
+    told = outlook.summary(teacher, labels, student, list("abc"))
+    assert told["expected_student_accuracy"] == outlook.expected_accuracy(teacher, labels, student)
+    assert told["expected_label_accuracy"] == pytest.approx((2 / 3 + (0.6 + 0.6 + 0.8) / 3) / 2)
     certain = torch.eye(3)[[0, 0, 2]]  # believed 20 : 1 : 1
     found = outlook.expected_accuracy(certain, labels, student)
     assert found == pytest.approx((2 / 3 + (20 / 22 + 0.5 + 0.3) / 3) / 2, abs=1e-4)
