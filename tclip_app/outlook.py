@@ -5,7 +5,7 @@ import torch
 import tclip
 
 # Of expected_accuracy() in points, mean over the suites and the worst run: tutorials/benchmark/run.py --expected
-MEAN_ERROR, LARGEST_ERROR = 10, 28
+MEAN_ERROR, LARGEST_ERROR = 10, 29
 
 
 def unsaid(who, numbers, classes):
