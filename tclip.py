@@ -238,9 +238,9 @@ class EnsembleLabels(torch.nn.Module):
 
     def final(self, predictions):
         """A run's best answer (N, C): the rule once more, so that n counts twice, on labels mixed with predictions."""
-        table, share = self.targets(slice(None)), self.exponents[1] / 1.5
-        both = torch.lerp(table, predictions.to(table.device), share / (1 + share))
-        return bayes_rule(both, self.near.float(), both.mean(0), 1.0, self.exponents[1]) if self.momentum < 1 else table
+        table, sharpness = self.targets(slice(None)), self.exponents[1]
+        both = torch.lerp(table, predictions.to(table.device), sharpness / (1.5 + sharpness))  # at most half and half
+        return bayes_rule(both, self.near.float(), both.mean(0), 1.0, sharpness) if self.momentum < 1 else table
 
 
 # ==== Augmentation: on the device, each image with a draw of its own (torchvision's transforms draw once a batch) =====

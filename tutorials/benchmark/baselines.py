@@ -238,10 +238,9 @@ class Method:
         features, objective = images.features if self.features else None, self.objective and self.objective()
         with exchanged(self.rule):
             student, labels = tclip.train(config, images.pixels, probs, features, None, objective, on_epoch)
-            final = labels.final(tclip.predict(student, images.pixels)).cpu()  # by the exchanged rule, too
-        if hasattr(objective, "table"):  # of ELR
-            return student, F.normalize(objective.table, p=1, dim=1).cpu()
-        return student, final
+            if hasattr(objective, "table"):  # of ELR
+                return student, F.normalize(objective.table, p=1, dim=1).cpu()
+            return student, labels.final(tclip.predict(student, images.pixels)).cpu()  # by the exchanged rule, too
 
 
 @contextmanager
